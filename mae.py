@@ -1,0 +1,267 @@
+"""Masked Autoencoders Are Scalable Vision Learners (He, Chen, Xie, Li, Dollar, Girshick, 2021), arXiv:2111.06377.
+
+Hide 75% of the patches of an image at random. The encoder, a ViT, sees only the other 25%, so it is fast; a small
+decoder gets the encoded patches, a mask token at every hidden place, and paints the pixels that are missing.
+
+    L = 1/|M| sum_{i in M} 1/P sum_p (pred_ip - target_ip)^2         M: the hidden patches of all images
+    target_i = (patch_i - mean(patch_i)) / sqrt(var(patch_i) + 1e-6) with norm_pix_loss, else patch_i
+
+Shapes: B images, N patches (no cls), V visible, D and E width of encoder and decoder, P = 3 p^2 values per patch.
+
+Deviations: the kept patches are picked before they are embedded, not after (the same numbers, less work); the k-NN
+monitor reads the mean of the patch tokens, for no loss ever reaches the class token of a MAE.
+
+    python mae.py --data shapes                             # CPU, offline, 2 minutes
+    python mae.py                                           # CIFAR-10, ViT-Tiny/4, one GPU: not run yet
+    torchrun --nproc_per_node=8 mae.py --data imagenet      # ViT-B/16, 800 epochs: not run yet
+"""
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import data
+from vit import SIZES, Block, ViT, cosine_lr, param_groups, set_lr, sincos_pos_embed
+
+# columns:               shapes, cifar10, cifar100, tiny-imagenet, imagenet (the paper's table 8)
+RECIPES = {
+    "model":             ("micro", "tiny", "tiny", "tiny", "base"),
+    "img_size":          (32, 32, 32, 64, 224),
+    "patch_size":        (4, 4, 4, 8, 16),
+    "epochs":            (40, 400, 400, 400, 800),
+    "batch_size":        (128, 512, 512, 512, 4096),
+    "blr":               (2e-3, 7.5e-4, 7.5e-4, 7.5e-4, 1.5e-4),
+    "warmup_epochs":     (4.0, 20.0, 20.0, 20.0, 40.0),
+    "weight_decay":      0.05,
+    "eval_every":        (10, 50, 50, 50, 100),
+    "mask_ratio":        0.75,
+    "norm_pix_loss":     True,
+    "decoder_dim":       (64, 96, 96, 96, 512),
+    "decoder_depth":     (2, 4, 4, 4, 8),
+    "decoder_heads":     (2, 3, 3, 3, 16),
+    "sampling":          "random",
+    "encoder_sees_mask": False,
+    "aug":               "crop",
+}
+FLAGS = {
+    "mask_ratio": "share of the patches that are hidden from the encoder",
+    "norm_pix_loss": "predict each patch normalised by its own mean and variance (else plain pixels)",
+    "decoder_dim": "width of the decoder",
+    "decoder_depth": "blocks of the decoder",
+    "decoder_heads": "attention heads of the decoder",
+    "sampling": ("which patches are hidden: at random, in blocks, or all but one of every 2 x 2", ("random", "block", "grid")),
+    "encoder_sees_mask": "ablation: the encoder reads mask tokens at the hidden places, too (slower and worse)",
+    "aug": ("random crops of random size, of fixed size, with colour jitter, or whole images",
+            ("crop", "crop_fixed", "crop_jitter", "none")),
+}
+
+
+def patchify(imgs, p):
+    """(B, 3, H, W) -> (B, N, P): patches in raster order, the values of a patch by row, column, channel."""
+    B, C, H, W = imgs.shape
+    x = imgs.reshape(B, C, H // p, p, W // p, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+
+
+def unpatchify(patches, p):
+    """The inverse of patchify for square images: (B, N, P) -> (B, 3, H, W)"""
+    B, N, _ = patches.shape
+    g = int(N ** 0.5)
+    x = patches.reshape(B, g, g, p, p, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, 3, g * p, g * p)
+
+
+def sampling_noise(sampling, B, grid, num_keep, device):
+    """Noise (B, N) whose num_keep smallest places are the patches to keep: at random, around blocks, or on a grid."""
+    noise = torch.rand(B, grid * grid, device=device)
+    if sampling == "block":
+        return noise + data.blockwise_mask(B, grid, grid * grid - num_keep, max(1, grid * grid // 12), device=device)
+    if sampling == "grid":
+        line = torch.arange(grid, device=device) % 2
+        return noise + (line[:, None] + line).flatten()         # the patches of even rows and columns come first
+    return noise
+
+
+def random_masking(noise, num_keep):
+    """Keep the num_keep patches of smallest noise (B, N), hide the others.
+
+    -> ids_keep (B, V), in the order of the noise; ids_restore (B, N), the rank of every patch in that order;
+    mask (B, N) float, 1 = hidden, 0 = kept.
+    """
+    ids_shuffle = noise.argsort(1)
+    ids_restore = ids_shuffle.argsort(1)
+    mask = (ids_restore >= num_keep).float()
+    return ids_shuffle[:, :num_keep], ids_restore, mask
+
+
+def take(x, ids):
+    """Gather tokens: x (B, n, D), ids (B, m) -> (B, m, D)"""
+    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def pixel_targets(imgs, p, norm_pix_loss):
+    """What the decoder has to predict, (B, N, P), in float32. Variance: unbiased, of all values of a patch together."""
+    target = patchify(imgs.float(), p)
+    if norm_pix_loss:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    return target
+
+
+class MAE(nn.Module):
+    """Encoder (a ViT), decoder and loss."""
+
+    def __init__(self, encoder, decoder_dim=512, decoder_depth=8, decoder_heads=16, mask_ratio=0.75, norm_pix_loss=True,
+                 sampling="random", encoder_sees_mask=False):
+        super().__init__()
+        self.mask_ratio, self.norm_pix_loss, self.sampling = mask_ratio, norm_pix_loss, sampling
+        self.encoder_sees_mask = encoder_sees_mask
+        p, D = encoder.config["patch_size"], encoder.config["embed_dim"]
+        self.patch_size, self.grid = p, encoder.config["img_size"] // p
+        self.encoder = encoder
+        self.decoder_embed = nn.Linear(D, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D if encoder_sees_mask else decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_dim, self.grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, 3 * p * p)
+        self.apply(init_weights)
+        nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.view(D, -1))
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward_encoder(self, imgs, noise=None):
+        """(B, 3, H, W) -> latent (B, 1 + V, D), mask (B, N), ids_restore (B, N). noise (B, N): given by tests."""
+        encoder, N = self.encoder, self.grid ** 2
+        num_keep = int(N * (1 - self.mask_ratio))
+        if noise is None:
+            noise = sampling_noise(self.sampling, len(imgs), self.grid, num_keep, imgs.device)
+        ids_keep, ids_restore, mask = random_masking(noise, num_keep)
+        patches, pos = encoder.patch_embed.patches(imgs), encoder.pos_embed                 # (B, N, P), (1, 1 + N, D)
+        if self.encoder_sees_mask:
+            x = torch.where(mask[:, :, None] > 0, self.mask_token.to(imgs.dtype), encoder.patch_embed.embed(patches))
+            x = x + pos[:, 1:]                                                              # (B, N, D): V = N here
+        else:
+            x = encoder.patch_embed.embed(take(patches, ids_keep)) + pos[0, 1:][ids_keep]   # (B, V, D)
+        cls_token = (encoder.cls_token + pos[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], 1)                                                    # (B, 1 + V, D)
+        for block in encoder.blocks:
+            x = block(x)
+        return encoder.norm(x), mask, ids_restore
+
+    def forward_decoder(self, latent, ids_restore):
+        """(B, 1 + V, D) -> predictions for all patches (B, N, P)"""
+        x = self.decoder_embed(latent)                                                      # (B, 1 + V, E)
+        if not self.encoder_sees_mask:
+            hidden = self.mask_token.to(x.dtype).expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
+            patches = take(torch.cat([x[:, 1:], hidden], 1), ids_restore)                   # (B, N, E) in raster order
+            x = torch.cat([x[:, :1], patches], 1)                                           # (B, 1 + N, E)
+        x = x + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]                               # (B, N, P)
+
+    def forward_loss(self, imgs, pred, mask):
+        target = pixel_targets(imgs, self.patch_size, self.norm_pix_loss)
+        loss = (pred.float() - target).square().mean(-1)                                    # (B, N)
+        return (loss * mask).sum() / mask.sum()                                             # hidden patches only
+
+    def forward(self, imgs, noise=None):
+        """(B, 3, H, W) -> loss, pred (B, N, P), mask (B, N)"""
+        latent, mask, ids_restore = self.forward_encoder(imgs, noise)
+        pred = self.forward_decoder(latent, ids_restore)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+    def features(self, imgs):
+        """(B, 3, H, W) -> (B, D): the mean of the patch tokens of the whole image"""
+        return self.encoder.forward_features(imgs)[:, 1:].mean(1)
+
+
+def init_weights(module):
+    """The official initialisation: xavier uniform for linear layers, biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def pictures(model, imgs, source, path):
+    """Rows: image, what the encoder sees, prediction, prediction pasted into the visible part."""
+    model.eval()
+    noise = torch.rand(len(imgs), model.grid ** 2, generator=torch.Generator().manual_seed(0)).to(imgs.device)
+    if model.sampling != "random":
+        noise = None
+    loss, pred, mask = model(imgs, noise)
+    model.train()
+    p, note = model.patch_size, ""
+    if model.norm_pix_loss:                                     # the prediction has no brightness and contrast of its own
+        patches = patchify(imgs, p)
+        pred = pred * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+        note = "; brightness and contrast of each predicted patch are the true ones (norm_pix_loss)"
+    mask = unpatchify(mask[:, :, None].expand(-1, -1, 3 * p * p), p).cpu()                  # (B, 3, H, W)
+    image, pred = data.to_pixels(imgs, source), data.to_pixels(unpatchify(pred, p), source)
+    rows = {"image": image, "visible": image * (1 - mask) + 0.5 * mask, "prediction": pred,
+            "pasted": image * (1 - mask) + pred * mask}
+    data.save_rows(path, rows, f"loss on the hidden patches {loss.item():.3f}{note}")
+
+
+def main():
+    args = data.parse_args(__doc__, RECIPES, FLAGS)
+    grid = args.img_size // args.patch_size
+    if args.sampling == "grid" and (args.mask_ratio != 0.75 or grid % 2):
+        data.stop(f"--sampling grid hides three of every 2 x 2 patches: it needs --mask_ratio 0.75 and an even grid, "
+                  f"not {args.mask_ratio} and {grid} x {grid}")
+    if not 1 <= int(grid ** 2 * (1 - args.mask_ratio)) < grid ** 2:
+        data.stop(f"--mask_ratio {args.mask_ratio} hides all or none of the {grid ** 2} patches: use a value like 0.75")
+    device = data.setup(args)
+    train_set, val_set = data.load_sets(args)
+    view = {"none": data.View(args.img_size),
+            "crop_fixed": data.View(args.img_size, scale=(0.77, 0.77), ratio=(1, 1), flip=0.5),
+            "crop": data.View(args.img_size, scale=(0.2, 1.0), flip=0.5),
+            "crop_jitter": data.View(args.img_size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1))}[args.aug]
+    loader = data.Loader(args, train_set, [view])
+
+    encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="sincos")
+    model = MAE(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads, args.mask_ratio, args.norm_pix_loss,
+                args.sampling, args.encoder_sees_mask).to(device)
+    net = data.wrap(model, args)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr, betas=(0.9, 0.95),
+                                  fused="mps" not in args.device)
+    scaler = data.make_scaler(args)
+    start = data.load_checkpoint(args, model=model, optimizer=optimizer, scaler=scaler)
+    trivial = "1.0 (the mean of every patch)" if args.norm_pix_loss else "the variance of the normalised pixels, about 1"
+    data.describe(args, model, loader, trivial)
+    log = data.Log(args, loader, start)
+
+    def evaluate(step):
+        log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
+        pictures(model, data.some_images(args, val_set), val_set, Path(args.output_dir, "pictures", f"{step:06d}.png"))
+
+    if start == 0:
+        evaluate(0)
+    for step, batch in loader.steps(start):
+        lr = cosine_lr(step / loader.epoch_steps, args)
+        set_lr(optimizer, lr)
+        total = 0
+        for (imgs,), _ in batch:                                # the labels are never used
+            with data.autocast(args):
+                loss, _, _ = net(imgs)
+            scaler.scale(loss / args.accum_steps).backward()
+            total = total + loss.detach() / args.accum_steps
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        log.step(step, loss=total, lr=lr)
+        if log.evaluates(step):
+            evaluate(step + 1)
+        if log.saves(step):
+            data.save_checkpoint(args, step + 1, model=model, optimizer=optimizer, scaler=scaler)
+            data.save_encoder(args, encoder, train_set)
+        if log.interrupted:
+            break
+    log.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,823 @@
+"""An Image is Worth 16x16 Words (Dosovitskiy et al., 2020), arXiv:2010.11929: the backbone, and the judge of the others.
+
+Cut an image into patches, give each a linear embedding and a position, put a learned class token in front, and let a
+Transformer encoder read the sequence. The class token (or the mean of the patches) goes to a linear classifier.
+
+    x_0 = [cls; patches E] + pos       x'_l = x_l + MSA(LN(x_l))       x_{l+1} = x'_l + MLP(LN(x'_l))       logits = W LN(x_L)[0]
+    L = -sum_k target_k log softmax(logits)_k           target: the label, smoothed by --smoothing, mixed by mixup or cutmix
+
+Shapes: B images, g x g = N patches (no cls), D width, H heads, K classes.
+
+`ViT` is the encoder of all seven methods. Run as a script this file trains it with labels (the supervised baseline), and
+with --init FILE it judges an encoder: our encoder.pt, or a file of MAE, DINO, DeiT or timm.
+
+    train      supervised, from scratch             linear     frozen encoder, BatchNorm + linear layer (MAE, A.1), on the class
+    finetune   all weights, from --init FILE                   token and on the mean of the patches, learning rates side by side
+    knn        frozen encoder, weighted vote        attentive  frozen encoder, one learned query attends to its tokens (CAE, 4.1)
+
+Without --init, the probes (linear, attentive, knn) give the random-encoder row that belongs into every table.
+
+Deviations: positions and class token are not decayed (timm's rule); mean pooling by default (MAE's and BEiT's fine-tuning);
+the linear probe picks its learning rate by accuracy on the training images, so that the test images choose nothing.
+
+    python vit.py --data shapes --epochs 5                                      # CPU, offline, 1 minute
+    python vit.py --mode linear --init out/mae-cifar10/encoder.pt               # judge an encoder, one GPU
+    python vit.py --mode finetune --init out/mae-cifar10/encoder.pt
+    torchrun --nproc_per_node=8 vit.py --mode finetune --data imagenet --init out/mae-imagenet/encoder.pt
+"""
+import argparse
+import copy
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+
+# columns:                   shapes, cifar10, cifar100, tiny-imagenet, imagenet
+SHARED = {
+    "model":           ("micro", "tiny", "tiny", "tiny", "base"),
+    "img_size":        (32, 32, 32, 64, 224),
+    "patch_size":      (4, 4, 4, 8, 16),
+    "mode":            "train",
+    "init":            "",
+    "label_fraction":  1.0,
+    "pool":            "mean",
+    "pos":             "learned",
+    "rel_pos":         "none",
+    "layer_scale":     0.0,
+    "stem":            "patch",
+}
+SUPERVISED = {  # what training from scratch and fine-tuning have in common
+    "beta2":           0.999,
+    "weight_decay":    0.05,
+    "crop_scale":      (0.3, 0.3, 0.3, 0.3, 0.08),     # smallest area of the random crop
+    "rand_augment":    (0.0, 9.0, 9.0, 9.0, 9.0),
+    "erase":           (0.0, 0.25, 0.25, 0.25, 0.25),
+    "smoothing":       0.1,
+    "mixup":           (0.0, 0.8, 0.8, 0.8, 0.8),
+    "cutmix":          (0.0, 1.0, 1.0, 1.0, 1.0),
+    "ema":             0.0,
+}
+PROBES = {  # lr = blr * batch_size / 256; the crop is MAE's
+    "batch_size":      (256, 512, 512, 512, 16384),
+    "crop_scale":      (0.3, 0.3, 0.3, 0.3, 0.08),
+    "blr":             1.0,                            # times each of --blrs
+    "weight_decay":    0.0,
+}
+RECIPES = {
+    "train": SHARED | SUPERVISED | {                   # ImageNet: MAE, table 11
+        "epochs":        (20, 200, 200, 200, {"base": 300, "large": 200, "huge": 200}),
+        "batch_size":    (128, 512, 512, 512, 4096),
+        "blr":           (1e-3, 5e-4, 5e-4, 5e-4, 1e-4),
+        "min_lr":        1e-6,
+        "warmup_epochs": (2.0, 10.0, 10.0, 10.0, 20.0),
+        "weight_decay":  (0.05, 0.05, 0.05, 0.05, 0.3),
+        "beta2":         (0.999, 0.999, 0.999, 0.999, 0.95),
+        "layer_decay":   1.0,
+        "drop_path":     (0.0, 0.1, 0.1, 0.1, {"base": 0.1, "large": 0.2, "huge": 0.2}),
+        "erase":         (0.0, 0.25, 0.25, 0.25, 0.0),
+        "ema":           (0.0, 0.0, 0.0, 0.0, 0.9999),
+    },
+    "finetune": SHARED | SUPERVISED | {                # ImageNet: MAE's official commands
+        "epochs":        (10, 100, 100, 100, {"base": 100, "large": 50, "huge": 50}),
+        "batch_size":    (128, 256, 256, 256, 1024),
+        "blr":           (1e-3, 1e-3, 1e-3, 1e-3, {"base": 5e-4, "large": 1e-3, "huge": 1e-3}),
+        "min_lr":        1e-6,
+        "warmup_epochs": (1.0, 5.0, 5.0, 5.0, 5.0),
+        "layer_decay":   (0.75, 0.75, 0.75, 0.75, {"base": 0.65, "large": 0.75, "huge": 0.75}),
+        "drop_path":     (0.0, 0.1, 0.1, 0.1, {"base": 0.1, "large": 0.2, "huge": 0.3}),
+    },
+    "linear": SHARED | PROBES | {                      # ImageNet: MAE, table 10
+        "epochs":        (10, 90, 90, 90, {"base": 90, "large": 50, "huge": 50}),
+        "warmup_epochs": (1.0, 10.0, 10.0, 10.0, 10.0),
+        "blrs":          ("1,3,10,30", "0.3,1,3,10", "0.3,1,3,10", "0.3,1,3,10", "0.03,0.1,0.3"),
+    },
+    "attentive": SHARED | PROBES | {                   # ImageNet: CAE, section 6.3 of its appendix
+        "batch_size":    (256, 512, 512, 512, 8192),
+        "epochs":        (10, 90, 90, 90, 90),
+        "warmup_epochs": (1.0, 10.0, 10.0, 10.0, 10.0),
+        "blrs":          ("0.01,0.03,0.1", "0.01,0.03,0.1", "0.01,0.03,0.1", "0.01,0.03,0.1", "0.00625,0.0125,0.025"),
+    },
+    "knn": SHARED,
+}
+FLAGS = {
+    "mode": ("what to do", tuple(RECIPES)),
+    "init": "the encoder to start from or to judge: encoder.pt of any method, or a MAE, DINO, DeiT or timm file",
+    "label_fraction": "share of the training labels to use, the same of every class",
+    "pool": ("what the classifier reads: the class token after `norm`, or the mean of the patches and `fc_norm`",
+             ("cls", "mean")),
+    "pos": ("absolute positions", ("learned", "sincos", "none")),
+    "rel_pos": ("relative position bias, one table for all blocks or one each", ("none", "shared", "block")),
+    "layer_scale": "first value of the layer scale; 0: without",
+    "stem": ("patches by one linear layer, or by a small convolutional net (the paper's hybrid)", ("patch", "conv")),
+    "beta2": "AdamW's second beta",
+    "crop_scale": "smallest area of the random crop, as a share of the image",
+    "rand_augment": "magnitude of RandAugment; 0: off",
+    "erase": "probability of random erasing",
+    "smoothing": "label smoothing",
+    "mixup": "alpha of mixup; 0: off",
+    "cutmix": "alpha of cutmix; 0: off",
+    "layer_decay": "factor of the learning rate from each block to the one below",
+    "drop_path": "drop path rate of the last block",
+    "ema": "evaluate a running average of the weights with this momentum; 0: off",
+    "blrs": "base learning rates that are trained side by side",
+}
+
+# ---- positions ----
+
+
+def sincos_pos_embed(embed_dim, grid, cls_token=True):
+    """Fixed 2-D sine-cosine positions (MAE): the first half of the width encodes the column, the second half the row.
+
+    w_k = 10000^(-k / (D/4)); each half is [sin(x w_0), ..., cos(x w_0), ...]; the class token's row is zero.
+    -> (1, 1 + grid * grid, embed_dim) float32, without the first row if cls_token is False. embed_dim % 4 must be 0.
+    """
+    assert embed_dim % 4 == 0, f"embed_dim {embed_dim} is not divisible by 4"
+    frequency = 10000.0 ** (-torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency                    # (g, D/4)
+    line = torch.cat([angle.sin(), angle.cos()], 1)                                         # (g, D/2)
+    columns, rows = line.repeat(grid, 1), line.repeat_interleave(grid, 0)                   # (g*g, D/2)
+    pos = torch.cat([columns, rows], 1).float()                                             # (g*g, D)
+    return (torch.cat([torch.zeros(1, embed_dim), pos]) if cls_token else pos)[None]
+
+
+def interpolate_pos_embed(pos_embed, grid):
+    """Bicubic interpolation of (1, 1 + s*s, D) positions to (1, 1 + grid*grid, D); the class token's stays."""
+    old = math.isqrt(pos_embed.shape[1] - 1)
+    if old == grid:
+        return pos_embed
+    cls_pos, pos = pos_embed[:, :1], pos_embed[:, 1:]
+    pos = pos.reshape(1, old, old, -1).permute(0, 3, 1, 2)                                  # (1, D, s, s)
+    pos = F.interpolate(pos.float(), size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([cls_pos, pos.flatten(2).transpose(1, 2).to(cls_pos.dtype)], 1)
+
+
+def relative_position_index(grid):
+    """Row of the bias table for each pair of tokens [cls, patches in raster order] (BEiT). -> (1+N, 1+N) long
+
+    Query i, key j: (row_i - row_j + g - 1) * (2g - 1) + (col_i - col_j + g - 1); the last three rows of the table, of
+    (2g - 1)^2 + 3, stand for cls -> patch, patch -> cls and cls -> cls.
+    """
+    place = torch.arange(grid)
+    rows, cols = place.repeat_interleave(grid), place.repeat(grid)                          # (N,)
+    between = (rows[:, None] - rows + grid - 1) * (2 * grid - 1) + (cols[:, None] - cols + grid - 1)
+    index = torch.empty(1 + grid * grid, 1 + grid * grid, dtype=torch.long)
+    first = (2 * grid - 1) ** 2
+    index[1:, 1:], index[0, :], index[:, 0], index[0, 0] = between, first, first + 1, first + 2
+    return index
+
+
+def interpolate_rel_pos(table, grid):
+    """A relative position bias table ((2s-1)^2 + 3, H) for another grid: ((2*grid-1)^2 + 3, H), as BEiT does it.
+
+    The old distances are spread geometrically, dense in the middle, so that they cover the new range; a not-a-knot
+    cubic spline through them is read off at the new distances, in both directions. The last three rows stay.
+    """
+    old, new = math.isqrt(len(table) - 3), 2 * grid - 1
+    if old == new:
+        return table
+    low, high = 1.01, 1.5                                       # bisect for the ratio q of the geometric series
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if sum(q ** i for i in range(old // 2)) > new // 2 else (q, high)
+    reach = np.cumsum(q ** np.arange(old // 2))
+    knots = np.concatenate([-reach[::-1], [0], reach])
+    places = np.clip(np.arange(new) - new // 2, knots[0], knots[-1])
+    spread = torch.from_numpy(spline_matrix(knots, places))                                 # (new, old)
+    grid_part = table[:-3].double().view(old, old, -1)
+    grid_part = torch.einsum("ai,bj,ijh->abh", spread, spread, grid_part)
+    return torch.cat([grid_part.flatten(0, 1).to(table.dtype), table[-3:]])
+
+
+def spline_matrix(knots, places):
+    """The matrix (len(places), len(knots)) that reads a not-a-knot cubic spline through values at `knots` at `places`."""
+    n, h = len(knots), np.diff(knots)
+    system, right = np.zeros((n, n)), np.zeros((n, n))          # system @ (second derivatives) = right @ values
+    for i in range(1, n - 1):
+        system[i, i - 1:i + 2] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
+        right[i, i - 1:i + 2] = 6 / h[i - 1], -6 / h[i - 1] - 6 / h[i], 6 / h[i]
+    system[0, :3] = h[1], -h[0] - h[1], h[0]                    # equal third derivatives left and right of a knot
+    system[-1, -3:] = h[-1], -h[-2] - h[-1], h[-2]
+    curve = np.linalg.solve(system, right)                      # (n, n): values -> second derivatives
+    i = np.clip(np.searchsorted(knots, places, side="right") - 1, 0, n - 2)
+    a, b = ((knots[i + 1] - places) / h[i])[:, None], ((places - knots[i]) / h[i])[:, None]
+    eye, hh = np.eye(n), (h[i] ** 2 / 6)[:, None]
+    return a * eye[i] + b * eye[i + 1] + hh * ((a ** 3 - a) * curve[i] + (b ** 3 - b) * curve[i + 1])
+
+
+# ---- the network ----
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, 3, H, W) -> patch embeddings (B, N, D) in raster order.
+
+    `proj` is a convolution whose stride is its kernel, computed as what it is: a linear layer on flattened patches. MAE
+    calls `patches` and `embed` apart, to embed the visible patches only.
+    """
+
+    def __init__(self, patch_size, embed_dim, stem="patch"):
+        super().__init__()
+        self.patch_size, self.stem = patch_size, None
+        if stem == "conv":                                      # stride-2 convolutions down to one pixel a patch
+            assert patch_size & (patch_size - 1) == 0, f"--stem conv needs a power of two as --patch_size, not {patch_size}"
+            widths = [3] + [max(32, embed_dim * 2 ** i // patch_size) for i in range(1, patch_size.bit_length())]
+            self.stem = nn.Sequential(*[layer for a, b in zip(widths, widths[1:]) for layer in (
+                nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, b), nn.GELU())])
+            self.proj = nn.Conv2d(widths[-1], embed_dim, 1)
+        else:
+            self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+
+    def patches(self, imgs):
+        """(B, 3, H, W) -> (B, N, 3 * p * p), each patch flattened channel first, as the weight of `proj` is."""
+        return F.pixel_unshuffle(imgs, self.patch_size).flatten(2).transpose(1, 2)
+
+    def embed(self, patches):
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)               # (B, n, D)
+
+    def forward(self, imgs):
+        if self.stem:
+            return self.proj(self.stem(imgs)).flatten(2).transpose(1, 2)                    # (B, N, D)
+        return self.embed(self.patches(imgs))
+
+
+class RelPosBias(nn.Module):
+    """A table of attention biases by relative position, gathered for all pairs of tokens. () -> (1, H, 1+N, 1+N)"""
+
+    def __init__(self, grid, num_heads):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, num_heads))
+        self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+
+    def forward(self):
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(q k^T / sqrt(d) + bias) v; qkv holds q, then k, then v, each head by head."""
+
+    def __init__(self, dim, num_heads, qkv_bias=True):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, bias=None):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)      # (B, H, N, d) each
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def drop_path(x, rate):
+    """Stochastic depth (arXiv:1603.09382): drop the residual branch of an image with probability `rate`, scale the rest."""
+    keep = torch.rand(len(x), 1, 1, device=x.device) >= rate
+    return x * keep.to(x.dtype) / (1 - rate)
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block, x + g1 Attn(LN(x)), then x + g2 MLP(LN(x)); g1, g2: layer scale, if it is not 0."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, layer_scale=0.0, qkv_bias=True, rel_pos_grid=0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.rel_pos_bias = RelPosBias(rel_pos_grid, num_heads) if rel_pos_grid else None
+        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+        self.drop_path = drop_path
+
+    def residual(self, branch, gamma):
+        branch = branch if gamma is None else gamma * branch
+        return drop_path(branch, self.drop_path) if self.training and self.drop_path else branch
+
+    def forward(self, x, bias=None):
+        """x (B, n, D), bias (1, H, n, n) shared by all blocks, or None -> (B, n, D)"""
+        bias = self.rel_pos_bias() if self.rel_pos_bias is not None else bias
+        x = x + self.residual(self.attn(self.norm1(x), bias), self.gamma_1)
+        return x + self.residual(self.mlp(self.norm2(x)), self.gamma_2)
+
+
+SIZES = {
+    "micro": dict(embed_dim=128, depth=6, num_heads=4),         # ours, for a CPU
+    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "small": dict(embed_dim=384, depth=12, num_heads=6),
+    "base": dict(embed_dim=768, depth=12, num_heads=12),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16),
+    "huge": dict(embed_dim=1280, depth=32, num_heads=16),
+}
+
+
+class ViT(nn.Module):
+    """Vision Transformer under timm's parameter names. Its parts are seams for the other methods: `patch_embed`,
+    `cls_token`, `pos_embed`, `blocks`, `norm`.
+
+    pool "cls": `norm` after the last block, classify the class token. pool "mean": no `norm`, classify `fc_norm` of the
+    mean of the patches. num_classes 0: no head. pos "sincos" is fixed: it does not train unless requires_grad is set.
+    """
+
+    def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, num_classes=0,
+                 pool="cls", pos="learned", rel_pos="none", layer_scale=0.0, drop_path=0.0, qkv_bias=True, stem="patch"):
+        super().__init__()
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        grid = img_size // patch_size
+        self.patch_embed = PatchEmbed(patch_size, embed_dim, stem)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = None
+        if pos != "none":
+            self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, grid), requires_grad=pos == "learned")
+        self.rel_pos_bias = RelPosBias(grid, num_heads) if rel_pos == "shared" else None
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, rates[i], layer_scale, qkv_bias, grid if rel_pos == "block" else 0)
+            for i in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if pool == "cls" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if pool == "mean" else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.apply(init_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+        if pos == "learned":
+            nn.init.normal_(self.pos_embed, std=0.02)
+
+    def forward_features(self, imgs):
+        """(B, 3, H, W) -> tokens of the last block, after `norm` if there is one: (B, 1 + N, D)."""
+        x = self.patch_embed(imgs)                                                          # (B, N, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)                        # (B, 1 + N, D)
+        if self.pos_embed is not None:
+            x = x + interpolate_pos_embed(self.pos_embed, math.isqrt(x.shape[1] - 1))
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        for block in self.blocks:
+            x = block(x, bias)
+        return self.norm(x)
+
+    def features(self, imgs):
+        """What the classifier reads, (B, D): the class token, or `fc_norm` of the mean of the patches."""
+        x = self.forward_features(imgs)
+        return x[:, 0] if self.config["pool"] == "cls" else self.fc_norm(x[:, 1:].mean(1))
+
+    def forward(self, imgs):
+        """(B, 3, H, W) -> logits (B, K)"""
+        return self.head(self.features(imgs))
+
+
+def init_weights(module):
+    """timm's initialisation: linear weights N(0, 0.02^2), biases 0; convolutions keep PyTorch's default."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ---- optimisation ----
+
+
+def cosine_lr(epoch, args):
+    """Learning rate after `epoch` (fractional) epochs: linear from 0 over warmup_epochs, then half a cosine to min_lr."""
+    if epoch < args.warmup_epochs:
+        return args.lr * epoch / args.warmup_epochs
+    done = (epoch - args.warmup_epochs) / max(1e-8, args.epochs - args.warmup_epochs)
+    return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_lr(optimizer, lr):
+    """Give every group lr, times its lr_scale where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def param_groups(model, weight_decay, layer_decay=1.0, no_decay=("cls_token", "pos_embed")):
+    """Groups for AdamW. No decay for biases, norms and all else that is 1-D, nor for the names in `no_decay`.
+
+    With layer_decay d a group has lr_scale d^(depth + 1 - id), id 0: embeddings, i + 1: block i, depth + 1: the rest.
+    Parameters that do not train are in no group.
+    """
+    depth, groups = len(model.blocks) if layer_decay != 1.0 else 0, {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name.startswith(("cls_token", "pos_embed", "patch_embed", "mask_token")):
+            layer = 0
+        else:
+            layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
+        decay = 0.0 if p.ndim <= 1 or name.endswith(".bias") or name.split(".")[-1] in no_decay else weight_decay
+        scale = layer_decay ** (depth + 1 - layer)
+        group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        group["params"].append(p)
+    return list(groups.values())
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose steps on matrices have the size of the matrix (You et al., 2017, arXiv:1708.03888).
+
+    Matrices: g <- trust * |p| / |g| * g. Then m <- momentum * m + g and p <- p - lr * m.
+    """
+
+    def __init__(self, params, lr=0.0, momentum=0.9, trust=0.001):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                g = p.grad
+                if p.ndim > 1:
+                    ratio = group["trust"] * p.norm() / g.norm()
+                    g = g * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                p.sub_(momentum.mul_(group["momentum"]).add_(g) * group["lr"])
+
+
+# ---- loading ----
+
+
+def read_encoder(path):
+    """Read an encoder file: ours, or one of MAE, DINO, DeiT or timm. -> state dict, ViT arguments, pixel mean and std
+
+    Wrappers (model, module, state_dict, teacher) and prefixes are removed. Raises: exits with one sentence if the file
+    is damaged, or holds names that no ViT has; decoders, projection heads and mask tokens are known and left out.
+    """
+    with torch.serialization.safe_globals([argparse.Namespace]):                            # official files hold their flags
+        content = data.load_file(path)
+    if isinstance(content, dict) and "config" in content:
+        return content["model"], content["config"], content["mean"], content["std"]
+    for key in ("teacher", "model", "module", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    state = {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in content.items()}
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        data.stop(f"{path} is no Vision Transformer that is known here: it has no patch_embed.proj.weight or no pos_embed")
+    other = r"(decoder|mask_token$|pre_logits\.|head\.(mlp|last_layer))"
+    state = {name: value for name, value in state.items() if not re.match(other, name)}
+    embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    fitting = [size for size in SIZES.values() if (size["embed_dim"], size["depth"]) == (embed_dim, depth)]
+    if not fitting:
+        data.stop(f"{path} is {embed_dim} wide and {depth} deep: its number of heads is not known; known sizes: "
+                  + ", ".join(f"{name} {s['embed_dim']} x {s['depth']}" for name, s in SIZES.items()))
+    config = fitting[0] | {"patch_size": patch_size, "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+                           "img_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
+                           "pool": "mean" if "fc_norm.weight" in state else "cls"}
+    return state, config, *data.IMAGENET_STATS
+
+
+def load_weights(model, state, path):
+    """Load an encoder's weights: positions are interpolated, and what is missing or left over must be what changes
+    between pre-training and judging (head, final norms); anything else ends with a sentence that names it.
+    """
+    wanted, state = model.state_dict(), dict(state)
+    grid = model.config["img_size"] // model.config["patch_size"]
+    if state.get("pos_embed") is not None and state["pos_embed"].shape[1] > 1:
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid)
+    for name in [name for name in state if name.endswith("relative_position_bias_table")]:
+        state[name] = interpolate_rel_pos(state[name], grid)
+    if "head.weight" in wanted and "head.weight" in state and state["head.weight"].shape != wanted["head.weight"].shape:
+        del state["head.weight"], state["head.bias"]
+    may_differ = ("head.", "norm.", "fc_norm.")
+    for name in sorted(set(state) ^ set(wanted)):
+        if not name.startswith(may_differ):
+            data.stop(f"{path} does not fit: {name} is {'unknown to' if name in state else 'missing for'} this model")
+    state = {name: value for name, value in state.items() if name in wanted}
+    data.compare_tensors(path, state, {name: value for name, value in wanted.items() if name in state})
+    model.load_state_dict(state, strict=False)
+
+
+def build(args, num_classes, pool):
+    """The ViT to train or to judge: from --init FILE, or new. -> model, (mean, std) of the file's pixels or None"""
+    options = dict(num_classes=num_classes, pool=pool, img_size=args.img_size)
+    if not args.init:
+        options |= SIZES[args.model] | dict(pos=args.pos, rel_pos=args.rel_pos, layer_scale=args.layer_scale, stem=args.stem)
+        return ViT(**options, patch_size=args.patch_size, drop_path=getattr(args, "drop_path", 0.0)), None
+    state, config, mean, std = read_encoder(args.init)
+    args.patch_size = config["patch_size"]
+    args.model = next((name for name, size in SIZES.items() if size.items() <= config.items()), "file")
+    data.check_args(args)
+    if args.mode == "finetune" and config.get("rel_pos") == "shared":                       # every block gets its own copy
+        config["rel_pos"], table = "block", state.pop("rel_pos_bias.relative_position_bias_table")
+        state |= {f"blocks.{i}.rel_pos_bias.relative_position_bias_table": table for i in range(config["depth"])}
+    if args.mode != "finetune":                                 # the probes read what the file's own final norm gives
+        options["pool"] = config.get("pool", "cls")
+    model = ViT(**config | options | dict(drop_path=getattr(args, "drop_path", 0.0)))
+    load_weights(model, state, args.init)
+    if args.mode == "finetune":
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)
+        nn.init.zeros_(model.head.bias)
+    return model, (mean, std)
+
+
+def label_subset(source, fraction):
+    """The same share of every class, at least one image of each; the same images for every seed."""
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    labels = source.labels.cpu()[order]
+    chosen = [order[labels == k][:max(1, round(fraction * int((labels == k).sum())))] for k in labels.unique()]
+    return source.subset(torch.cat(chosen))
+
+
+# ---- train and finetune ----
+
+
+def supervised(args, train_set, val_set, model):
+    """Train all weights on the labels. -> the entries of result.json"""
+    view = data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5, rand_augment=args.rand_augment,
+                     erase=args.erase)
+    loader = data.Loader(args, train_set, [view])
+    if model.pos_embed is not None:
+        model.pos_embed.requires_grad_(True)                    # sin-cos positions are a start, not a rule, here
+    net = data.wrap(model, args)
+    ema = copy.deepcopy(model) if args.ema else model
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, args.layer_decay), lr=args.lr,
+                                  betas=(0.9, args.beta2), fused="mps" not in args.device)
+    scaler = data.make_scaler(args)
+    parts = dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema)
+    start = data.load_checkpoint(args, **parts)
+    classes = len(train_set.classes)
+    data.describe(args, model, loader, f"ln {classes} = {math.log(classes):.3f}")
+    log = data.Log(args, loader, start)
+    for step, batch in loader.steps(start):
+        lr = cosine_lr(step / loader.epoch_steps, args)
+        set_lr(optimizer, lr)
+        total = 0
+        for (imgs,), labels in batch:
+            imgs, target = data.mixup_cutmix(imgs, labels, classes, args.mixup, args.cutmix, args.smoothing)
+            with data.autocast(args):
+                logits = net(imgs)
+            loss = -(target * logits.float().log_softmax(-1)).sum(-1).mean() / args.accum_steps
+            scaler.scale(loss).backward()
+            total = total + loss.detach()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if args.ema:
+            update_ema(ema, model, args.ema)
+        log.step(step, loss=total, lr=lr)
+        if log.evaluates(step):
+            result = evaluate(args, ema, val_set)
+            log.write(step + 1, **result)
+        if log.saves(step):
+            data.save_checkpoint(args, step + 1, **parts)
+            data.save_encoder(args, ema, train_set)
+        if log.interrupted:
+            break
+    if not log.interrupted:
+        pictures(args, ema, val_set)
+    log.finish()
+    return result
+
+
+@torch.no_grad()
+def update_ema(ema, model, momentum):
+    """ema <- momentum * ema + (1 - momentum) * model, for all parameters."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - momentum)
+
+
+@torch.no_grad()
+def evaluate(args, model, val_set):
+    """Top-1 accuracy in % and cross-entropy on the validation images, each counted once."""
+    model.eval()
+    sums = torch.zeros(3, device=args.device)
+    for (imgs,), labels in data.Loader(args, val_set, [data.View(args.img_size)], train=False):
+        with data.autocast(args):
+            logits = model(imgs)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        sums += torch.stack([(logits.argmax(-1) == labels).sum(), loss, torch.tensor(len(labels), device=args.device)])
+    model.train()
+    right, loss, seen = data.all_sum(sums).tolist()
+    return {"accuracy": right / seen * 100, "val_loss": loss / seen}
+
+
+# ---- linear and attentive ----
+
+
+class LinearProbe(nn.Module):
+    """BatchNorm without affine parameters, then a linear layer, on the class token or on the mean of the patches."""
+
+    def __init__(self, embed_dim, num_classes, feature):
+        super().__init__()
+        self.feature = feature
+        self.norm = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens):
+        """(B, 1 + N, D) -> (B, K)"""
+        return self.head(self.norm(tokens[:, 0] if self.feature == "cls" else tokens[:, 1:].mean(1)))
+
+
+class AttentiveProbe(nn.Module):
+    """One learned query reads all tokens by cross-attention; BatchNorm and a linear layer follow (CAE, arXiv:2202.03026).
+
+    out = Attn(q = LN(query), k = LN(x), v = LN(x)), each with its own LayerNorm; no residual, no MLP, no bias on k.
+    """
+
+    def __init__(self, embed_dim, num_classes, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(embed_dim, eps=1e-6) for _ in range(3))
+        self.q, self.v, self.proj = (nn.Linear(embed_dim, embed_dim) for _ in range(3))
+        self.k = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.norm = nn.BatchNorm1d(embed_dim, affine=False)
+        self.head = nn.Linear(embed_dim, num_classes)
+        self.apply(init_weights)
+        nn.init.normal_(self.query, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+
+    def pool(self, tokens):
+        """(B, n, D) -> (B, D)"""
+        B, _, D = tokens.shape
+        q, k, v = self.q(self.norm_q(self.query)), self.k(self.norm_k(tokens)), self.v(self.norm_v(tokens))
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))         # (B, H, n, d)
+        x = F.scaled_dot_product_attention(q.expand(B, -1, -1, -1), k, v)                           # (B, H, 1, d)
+        return self.proj(x.transpose(1, 2).reshape(B, D))
+
+    def forward(self, tokens):
+        """(B, 1 + N, D) -> (B, K)"""
+        return self.head(self.norm(self.pool(tokens)))
+
+
+class Probes(nn.ModuleDict):
+    """Probes for every feature and base learning rate, trained side by side: tokens (B, 1 + N, D) -> (P, B, K)."""
+
+    def forward(self, tokens):
+        return torch.stack([head(tokens) for head in self.values()])
+
+
+def make_probes(args, encoder, num_classes):
+    """-> Probes, optimiser with one learning rate a probe. A probe is called "<feature> <base learning rate>"."""
+    D, heads, groups = encoder.config["embed_dim"], {}, []
+    for blr in args.blrs.split(","):
+        for feature in ("cls", "mean") if args.mode == "linear" else ("attentive",):
+            head = LinearProbe(D, num_classes, feature) if args.mode == "linear" else \
+                AttentiveProbe(D, num_classes, encoder.config["num_heads"])
+            heads[f"{feature} {blr}".replace(".", "_")] = head                              # no dots in module names
+            groups.append({"params": list(head.parameters()), "lr_scale": float(blr)})
+    if args.mode == "linear":
+        return Probes(heads), LARS(groups)
+    return Probes(heads), torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
+
+
+def probe(args, train_set, val_set, encoder):
+    """Train probes on the frozen encoder. -> the entries of result.json"""
+    loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5)])
+    classes = len(train_set.classes)
+    encoder.requires_grad_(False).eval()                        # nothing frozen may be random
+    model, optimizer = make_probes(args, encoder, classes)
+    model.to(args.device)
+    net = data.wrap(model, args)
+    right = torch.zeros(len(model), device=args.device)         # correct training images of the last epoch
+    start = data.load_checkpoint(args, model=model, optimizer=optimizer)
+    data.describe(args, model, loader, f"ln {classes} = {math.log(classes):.3f}")
+    log = data.Log(args, loader, start)
+    for step, batch in loader.steps(start):
+        lr = cosine_lr(step / loader.epoch_steps, args)
+        set_lr(optimizer, lr)
+        if not step % loader.epoch_steps:
+            right.zero_()
+        total = 0
+        for (imgs,), labels in batch:
+            with torch.no_grad(), data.autocast(args):
+                tokens = encoder.forward_features(imgs).float()
+            logits = net(tokens)                                                            # (P, B, K)
+            loss = sum(F.cross_entropy(one, labels) for one in logits) / args.accum_steps
+            loss.backward()
+            total = total + loss.detach() / len(model)
+            right += (logits.argmax(-1) == labels).sum(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        log.step(step, loss=total, lr=lr)
+        if log.saves(step):
+            data.save_checkpoint(args, step + 1, model=model, optimizer=optimizer)
+        if log.interrupted:
+            break
+    result = {} if log.interrupted else judge_probes(args, encoder, model, data.all_sum(right), val_set)
+    log.write(step + 1, **{name: value for name, value in result.items() if not isinstance(value, dict)})
+    log.finish()
+    return result
+
+
+@torch.no_grad()
+def judge_probes(args, encoder, model, right, val_set):
+    """Accuracy in % of all probes on the validation images. For each feature the learning rate that was right most
+    often on the training images of the last epoch is the one reported: the validation images choose nothing.
+    """
+    model.eval()
+    sums = torch.zeros(len(model) + 1, device=args.device)
+    for (imgs,), labels in data.Loader(args, val_set, [data.View(args.img_size)], train=False):
+        with data.autocast(args):
+            tokens = encoder.forward_features(imgs)
+        hits = (model(tokens.float()).argmax(-1) == labels).sum(1)
+        sums += torch.cat([hits, hits.new_tensor([len(labels)])])
+    *hits, seen = data.all_sum(sums).tolist()
+    names = [name.replace("_", ".") for name in model]
+    result = {"all": {name: hit / seen * 100 for name, hit in zip(names, hits)}}
+    for feature in dict.fromkeys(name.split()[0] for name in names):
+        best = max((r, name) for r, name in zip(right.tolist(), names) if name.startswith(feature))[1]
+        result |= {feature: result["all"][best], f"{feature}_blr": float(best.split()[1])}
+    return result
+
+
+# ---- knn ----
+
+
+def knn(args, train_set, val_set, encoder):
+    """Weighted k-NN on class token and mean of patches, no training. -> the entries of result.json"""
+    def both(imgs):
+        tokens = encoder.forward_features(imgs)
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)                          # (B, 2D)
+    encoder.eval()
+    (train_x, train_y), (x, y) = (data.encode(args, both, source) for source in (train_set, val_set))
+    result = {}
+    for feature, a, b in zip(("cls", "mean"), train_x.chunk(2, 1), x.chunk(2, 1)):
+        guesses = data.knn_vote(a, train_y, b, (10, 20, 100, 200), len(train_set.classes))
+        result |= {f"{feature}_k{k}": (guess == y).float().mean().item() * 100 for k, guess in guesses.items()}
+    pictures(args, encoder, val_set)
+    return result
+
+
+# ---- pictures ----
+
+
+@torch.no_grad()
+def cls_attention(model, imgs):
+    """How much the class token attends to each patch, in the last block. (B, 3, H, W) -> (B, heads, g, g)"""
+    taken = []
+    attn = model.blocks[-1].attn
+    hook = attn.qkv.register_forward_hook(lambda module, inputs, output: taken.append(output))
+    model.forward_features(imgs)
+    hook.remove()
+    B, n, _ = taken[0].shape
+    q, k, _ = taken[0].float().view(B, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)     # (B, H, n, d)
+    weights = (q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)        # (B, H, 1, n)
+    return weights[:, :, 0, 1:].unflatten(2, (math.isqrt(n - 1), -1))
+
+
+def pictures(args, model, val_set):
+    """attention.png: where the class token looks, per head; positions.png: similarity of the position embeddings."""
+    folder = Path(args.output_dir) / "pictures"
+    model.eval()
+    imgs = data.some_images(args, val_set)
+    attention = cls_attention(model, imgs)                                                  # (B, H, g, g)
+    rows = {"image": data.to_pixels(imgs, val_set)}
+    rows |= {f"head {h + 1}": attention[:, h] for h in range(attention.shape[1])}
+    data.save_rows(folder / "attention.png", rows, "attention of the class token to the patches, last block")
+    if model.pos_embed is not None:
+        pos = F.normalize(model.pos_embed.detach()[0, 1:].float(), dim=1)                   # (N, D)
+        g = math.isqrt(len(pos))
+        maps = (pos @ pos.T).view(g, g, g, g)[::max(1, g // 7), ::max(1, g // 7)]           # at most 14 x 14 maps
+        rows = {f"row {i * max(1, g // 7)}": row for i, row in enumerate(maps)}
+        data.save_rows(folder / "positions.png", rows, "cosine similarity of each position embedding with all others")
+
+
+# ---- the script ----
+
+
+def main():
+    mode, init = data.peek("mode", "train", tuple(RECIPES)), data.peek("init", "")
+    folder = f"{Path(init).with_suffix('')}-{mode}" if init else f"out/vit-{mode}"
+    flags = {name: text for name, text in FLAGS.items() if name in RECIPES[mode]}
+    args = data.parse_args(__doc__, RECIPES[mode], flags, folder)
+    if mode == "finetune" and not init:
+        data.stop("--mode finetune needs --init FILE; from scratch is --mode train")
+    if mode == "train" and init:
+        data.stop("--mode train starts from scratch: use --mode finetune with --init FILE")
+    data.setup(args)
+    train_set, val_set = data.load_sets(args)
+    if args.label_fraction < 1:
+        train_set = label_subset(train_set, args.label_fraction)
+    model, stats = build(args, len(train_set.classes) if mode in ("train", "finetune") else 0,
+                         args.pool if mode in ("train", "finetune") else "cls")
+    if stats:                                                   # the pixels as the encoder knows them
+        for source in (train_set, val_set):
+            source.mean, source.std = stats
+    model.to(args.device)
+    judge = {"train": supervised, "finetune": supervised, "linear": probe, "attentive": probe, "knn": knn}[mode]
+    result = {"mode": mode, "data": args.data, "init": init or "random", "seed": args.seed,
+              "label_fraction": args.label_fraction} | judge(args, train_set, val_set, model)
+    if data.rank() == 0:
+        (Path(args.output_dir) / "result.json").write_text(json.dumps(result, indent=1))
+        numbers = ", ".join(f"{k} {v:.2f}" for k, v in result.items() if isinstance(v, float) and k != "label_fraction")
+        print(f"result ({mode}, {args.data}, {init or 'random encoder'}): {numbers}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
