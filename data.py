@@ -1,16 +1,17 @@
-"""What enters and leaves a run: shared by the seven methods, so that their scripts hold nothing but the method.
+"""What enters and leaves a run: shared by the seven methods, whose scripts hold nothing but the method.
 
 Three parts, to be read in this order or to be skipped:
 
     sets     what is on disk: drawn shapes, CIFAR, Tiny-ImageNet, ImageNet, any folder of class folders
-    views    what the model is shown: crops, colours, RandAugment, mixup, block masks, all as batched tensor code
+    views    what the model is shown: crops, colours, RandAugment, mixup, block masks, as batched tensors
     runs     what a training leaves behind: flags, ranks, logs, checkpoints, pictures, the k-NN monitor
 
-Shapes: B images, C = 3 channels, H x W pixels, N patches, D features. Pixels are uint8 on disk and in memory, floats in
-[0, 1] while they are augmented, and (x - mean) / std in front of a model. mask: 1 = hidden, in every file.
+Shapes: B images, C = 3 channels, H x W pixels, N patches, D features. Pixels are uint8 on disk and in
+memory, floats in [0, 1] while they are augmented, and (x - mean) / std in front of a model.
+mask: 1 = hidden, in every file.
 
-    python data.py --data shapes           # draw the offline data set and show its augmented views
-    python data.py --data cifar10          # download or check CIFAR-10, print counts, mean and std, show its views
+    python data.py --data shapes   # draw the offline data set and show its augmented views
+    python data.py --data cifar10  # download or check CIFAR-10, print counts, mean and std, show its views
 """
 import argparse
 import contextlib
@@ -40,9 +41,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-# ======================================================================================================================
+# ============================================================================================================
 #  SETS: what is on disk
-# ======================================================================================================================
+# ============================================================================================================
 
 NAMES = ("shapes", "cifar10", "cifar100", "tiny-imagenet", "imagenet")  # the columns of every RECIPES table
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -64,23 +65,23 @@ class Archive:
 
 ARCHIVES = {
     "cifar10": (
-        Archive("cifar-10-binary.tar.gz", 170_052_171, "c32a1d4ab5d03f1284b67883e8d87530", "cifar-10-batches-bin",
-                (TORONTO,)),
-        Archive("cifar-10-python.tar.gz", 170_498_071, "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py",
-                (ZENODO, BAIDU, TORONTO))),
+        Archive("cifar-10-binary.tar.gz", 170_052_171, "c32a1d4ab5d03f1284b67883e8d87530",
+                "cifar-10-batches-bin", (TORONTO,)),
+        Archive("cifar-10-python.tar.gz", 170_498_071, "c58f30108f718f92721af3b95e74349a",
+                "cifar-10-batches-py", (ZENODO, BAIDU, TORONTO))),
     "cifar100": (
-        Archive("cifar-100-binary.tar.gz", 168_513_733, "03b5dce01913d631647c71ecec9e9cb8", "cifar-100-binary",
-                (TORONTO,)),
-        Archive("cifar-100-python.tar.gz", 169_001_437, "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python",
-                (BAIDU, TORONTO))),
+        Archive("cifar-100-binary.tar.gz", 168_513_733, "03b5dce01913d631647c71ecec9e9cb8",
+                "cifar-100-binary", (TORONTO,)),
+        Archive("cifar-100-python.tar.gz", 169_001_437, "eb9058c3a382ffc7106e4002c42a8d85",
+                "cifar-100-python", (BAIDU, TORONTO))),
     "tiny-imagenet": (
-        Archive("tiny-imagenet-200.zip", 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de", "tiny-imagenet-200",
-                ("http://cs231n.stanford.edu/",)),),
+        Archive("tiny-imagenet-200.zip", 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de",
+                "tiny-imagenet-200", ("http://cs231n.stanford.edu/",)),),
 }
 
 
 def stop(message):
-    """End the program with one sentence and exit status 2: a user's mistake, or a damaged file, with its remedy."""
+    """End the program with one sentence and exit status 2: a user's mistake or a damaged file, its remedy."""
     print(f"\n{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -122,7 +123,7 @@ class Folder:
 def draw_shapes(n, size, seed):
     """Draw `n` pictures of ten kinds of shape, in random colours, places, sizes and angles.
 
-    Each shape is a signed distance (negative inside) in coordinates that are turned, moved and scaled per picture.
+    Each shape is a signed distance (negative inside) in coordinates turned, moved and scaled per picture.
     -> imgs (n, 3, size, size) uint8, labels (n,) long in 0..9.
     """
     g = torch.Generator().manual_seed(seed)
@@ -132,15 +133,16 @@ def draw_shapes(n, size, seed):
     for part in torch.arange(n).split(500):
         r = torch.rand(len(part), 16, 1, 1, generator=g)
         radius, angle = 0.4 + 0.3 * r[:, 0], 2 * math.pi * r[:, 1]
-        x = (grid[None, :] - (r[:, 2] - 0.5) * 0.7) / radius                                # (b, size, size)
+        x = (grid[None, :] - (r[:, 2] - 0.5) * 0.7) / radius                    # (b, size, size)
         y = (grid[:, None] - (r[:, 3] - 0.5) * 0.7) / radius
         x, y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-        distance = torch.stack([f(x, y) for f in SHAPES.values()], 1)                       # (b, 10, size, size)
-        distance = distance[torch.arange(len(part)), labels[part]] * radius                 # (b, size, size)
-        inside = (0.5 - distance * size / 2).clamp(0, 1)[:, None]                           # one pixel of blur
-        colour = r[:, 4:7]                                                                  # (b, 3, 1, 1)
-        other = (colour + 0.3 + 0.4 * r[:, 7:10]) % 1                                       # far from it on the circle
-        slope = (r[:, 10:13] - 0.5) * grid[None, None, None, :] + (r[:, 13:16] - 0.5) * grid[None, None, :, None]
+        distance = torch.stack([f(x, y) for f in SHAPES.values()], 1)           # (b, 10, size, size)
+        distance = distance[torch.arange(len(part)), labels[part]] * radius     # (b, size, size)
+        inside = (0.5 - distance * size / 2).clamp(0, 1)[:, None]               # one pixel of blur
+        colour = r[:, 4:7]                                                      # (b, 3, 1, 1)
+        other = (colour + 0.3 + 0.4 * r[:, 7:10]) % 1                           # far from it on the circle
+        slope = ((r[:, 10:13] - 0.5) * grid[None, None, None, :]
+                 + (r[:, 13:16] - 0.5) * grid[None, None, :, None])
         noise = 0.03 * torch.randn(len(part), 3, size, size, generator=g)
         picture = inside * colour + (1 - inside) * (other + 0.4 * slope) + noise
         imgs[part] = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -166,12 +168,12 @@ SHAPES = {
 # ---- download, check, unpack ----
 
 def fetch(archive, data_dir):
-    """Download `archive` into `data_dir`, address after address; a partial file is continued. -> its path, or None."""
+    """Download `archive` into `data_dir`, address after address, continuing a part. -> its path, or None."""
     path, part = data_dir / archive.file, data_dir / (archive.file + ".part")
     for host in archive.hosts:
         try:
             download(host + archive.file, part, archive.size)
-        except (OSError, http.client.HTTPException) as error:   # OSError: URLError, time-outs, refused connections
+        except (OSError, http.client.HTTPException) as error:  # OSError: URLError, time-outs, refusals
             print(f"{host + archive.file}: {error}", file=sys.stderr)
             continue
         if wrong := mismatch(part, archive):
@@ -190,7 +192,7 @@ def download(url, part, size):
         return
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=30) as reply:
-        resumed = reply.status == 206                           # a server that knows no ranges starts again at 0
+        resumed = reply.status == 206  # a server that knows no ranges starts again at 0
         done = done if resumed else 0
         with open(part, "ab" if resumed else "wb") as file:
             while chunk := reply.read(1 << 20):
@@ -211,7 +213,7 @@ def mismatch(path, archive):
 
 
 def unpack(path, folder):
-    """Unpack a .tar.gz or .zip so that `folder` appears whole or not at all; a name that leaves it is refused."""
+    """Unpack a .tar.gz or .zip: `folder` appears whole or not at all; a name that leaves it is refused."""
     temporary = folder.with_name(folder.name + ".unpacking")
     shutil.rmtree(temporary, ignore_errors=True)                # of a run that was killed here
     temporary.mkdir(parents=True)
@@ -225,8 +227,8 @@ def unpack(path, folder):
                     continue
                 target = (root / name).resolve()
                 if not target.is_relative_to(root) or not (zipped or member.isfile()):
-                    stop(f"{path} holds the entry {name!r}, which is no plain file inside the archive's own folder: "
-                         f"nothing was unpacked; delete the archive and download it again")
+                    stop(f"{path} holds the entry {name!r}, which is no plain file inside the archive's own "
+                         f"folder: nothing was unpacked; delete the archive and download it again")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with (archive.open(member) if zipped else archive.extractfile(member)) as source:
                     with open(target, "wb") as file:
@@ -249,7 +251,7 @@ def find_set(name, data_dir):
                 return data_dir / archive.folder, archive
         if local_rank() == 0:
             break
-        time.sleep(0.5)                                         # torchrun ends the waiting ranks if rank 0 fails
+        time.sleep(0.5)  # torchrun ends the waiting ranks if rank 0 fails
     with writing(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
         for archive in archives:
@@ -260,17 +262,19 @@ def find_set(name, data_dir):
                 unpack(path, data_dir / archive.folder)
                 return data_dir / archive.folder, archive
     first = archives[0]
-    stop(f"{name} is not in {data_dir}/ and could not be downloaded: get {first.hosts[0]}{first.file} on another machine "
-         f"and put it at {data_dir / first.file}, or run with --data shapes, which needs no network")
+    stop(f"{name} is not in {data_dir}/ and could not be downloaded: get {first.hosts[0]}{first.file} "
+         f"on another machine and put it at {data_dir / first.file}, "
+         f"or run with --data shapes, which needs no network")
 
 
 @contextlib.contextmanager
 def writing(path):
-    """Say in one sentence that `path` cannot be written: no permission, a full disk, a file where a folder should be."""
+    """Say in one sentence that `path` cannot be written: no permission, a full disk, a file in its way."""
     try:
         yield
     except OSError as error:
-        stop(f"cannot write to {path} ({error.strerror or error}): name another place with --output_dir or --data_dir")
+        stop(f"cannot write to {path} ({error.strerror or error}): "
+             f"name another place with --output_dir or --data_dir")
 
 
 # ---- readers ----
@@ -279,7 +283,8 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads the pickled CIFAR batches and builds numpy arrays and plain containers, nothing else."""
 
     def find_class(self, module, name):
-        if (module, name) in (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")):
+        if (module, name) in (("numpy.core.multiarray", "_reconstruct"),
+                              ("numpy._core.multiarray", "_reconstruct")):
             return np.empty(0).__reduce__()[0]
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
@@ -289,7 +294,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_cifar(name, data_dir, train):
-    """CIFAR-10 or CIFAR-100 from its binary or its python layout. -> imgs (n, 3, 32, 32), labels (n,), classes"""
+    """CIFAR-10 or -100 from its binary or its python layout. -> imgs (n, 3, 32, 32), labels (n,), classes"""
     folder, archive = find_set(name, data_dir)
     ten, binary = name == "cifar10", archive is ARCHIVES[name][0]
     files = ([f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]) if ten else \
@@ -300,16 +305,17 @@ def read_cifar(name, data_dir, train):
         records = 10_000 if ten or not train else 50_000
         try:
             if binary:
-                rows = np.fromfile(path, np.uint8).reshape(records, -1)                     # labels, then 3072 pixels
+                rows = np.fromfile(path, np.uint8).reshape(records, -1)  # labels, then 3072 pixels
                 imgs.append(rows[:, -3072:])
-                labels.append(rows[:, -3073])                                               # the last label is the fine one
+                labels.append(rows[:, -3073])  # the last label is the fine one
             else:
                 with open(path, "rb") as stream:
                     batch = ArrayUnpickler(stream, encoding="bytes").load()
                 imgs.append(batch[b"data"].reshape(records, 3072))
                 labels.append(np.array(batch[b"labels" if ten else b"fine_labels"]))
         except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            stop(f"{path} is missing or damaged ({error}): delete {folder} to have it unpacked or downloaded again")
+            stop(f"{path} is missing or damaged ({error}): "
+                 f"delete {folder} to have it unpacked or downloaded again")
     if binary:
         meta = folder / ("batches.meta.txt" if ten else "fine_label_names.txt")
         classes = meta.read_text().split() if meta.exists() else [str(k) for k in range(10 if ten else 100)]
@@ -322,7 +328,7 @@ def read_cifar(name, data_dir, train):
 
 
 def read_tiny_imagenet(data_dir, train):
-    """Tiny-ImageNet decoded once and kept in tiny-imagenet-200.pt. -> imgs (n, 3, 64, 64), labels, classes, mean, std"""
+    """Tiny-ImageNet, decoded once into a .pt file. -> imgs (n, 3, 64, 64), labels, classes, mean, std"""
     cache = data_dir / "tiny-imagenet-200.pt"
     if not cache.exists() and local_rank() == 0:
         folder, _ = find_set("tiny-imagenet", data_dir)
@@ -335,8 +341,9 @@ def read_tiny_imagenet(data_dir, train):
             imgs = torch.stack(list(pool.map(open_rgb, paths)))
         imgs, labels, n = imgs, torch.tensor(labels), len(val)
         mean, std = pixel_stats(imgs[:-n])
-        kept = {"train_imgs": imgs[:-n].clone(), "train_labels": labels[:-n].clone(), "val_imgs": imgs[-n:].clone(),
-                "val_labels": labels[-n:].clone(), "classes": classes, "mean": mean, "std": std}
+        kept = {"train_imgs": imgs[:-n].clone(), "train_labels": labels[:-n].clone(),
+                "val_imgs": imgs[-n:].clone(), "val_labels": labels[-n:].clone(),
+                "classes": classes, "mean": mean, "std": std}
         with writing(cache):
             save_atomically(kept, cache)
     while not cache.exists():
@@ -357,7 +364,8 @@ def open_rgb(path):
 
 def pixel_stats(imgs):
     """Mean and standard deviation per channel of (n, 3, H, W) uint8 images, in [0, 1]."""
-    counts = torch.stack([imgs[:, c].flatten().bincount(minlength=256) for c in range(3)]).double()   # (3, 256)
+    counts = torch.stack([imgs[:, c].flatten().bincount(minlength=256)
+                          for c in range(3)]).double()                                      # (3, 256)
     level = torch.arange(256, device=counts.device) / 255
     mean = counts @ level.double() / counts.sum(1)
     std = (counts @ level.double() ** 2 / counts.sum(1) - mean ** 2).sqrt()
@@ -367,20 +375,22 @@ def pixel_stats(imgs):
 def scan_folder(root, classes=None, inner=""):
     """Image files below root/<class>/<inner>, in sorted order. -> paths, labels (list of int), classes"""
     if not root.is_dir():
-        stop(f"there is no folder {root}: --data takes {', '.join(NAMES)}, or a folder that holds train/<class>/*.jpg "
-             f"and val/<class>/*.jpg")
+        stop(f"there is no folder {root}: --data takes {', '.join(NAMES)}, or a folder that holds "
+             f"train/<class>/*.jpg and val/<class>/*.jpg")
     found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not found:
         stop(f"{root} holds no class folders: sort its images into {root}/<class>/")
     if classes is not None and (unknown := sorted(set(found) - set(classes))):
-        stop(f"{root / unknown[0]} is a class that the training images do not have: remove it, or add its training images")
+        stop(f"{root / unknown[0]} is a class that the training images do not have: "
+             f"remove it, or add its training images")
     classes = classes or found
     endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
     paths, labels = [], []
     for name in found:
         files = sorted(e.path for e in os.scandir(root / name / inner) if e.name.lower().endswith(endings))
         if not files:
-            stop(f"the class folder {root / name} holds no images ({' '.join(endings)}): fill it or remove it")
+            stop(f"the class folder {root / name} holds no images ({' '.join(endings)}): "
+                 f"fill it or remove it")
         paths += files
         labels += [classes.index(name)] * len(files)
     return paths, labels, classes
@@ -411,7 +421,8 @@ def load_sets(args):
     if args.holdout:
         n = len(sets[0])
         if not 0 < args.holdout < n:
-            stop(f"--holdout {args.holdout} must lie between 1 and {n - 1}, the number of training images less one")
+            stop(f"--holdout {args.holdout} must lie between 1 and {n - 1}, "
+                 f"the number of training images less one")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))   # the same for every seed
         sets = [sets[0].subset(order[args.holdout:]), sets[0].subset(order[:args.holdout])]
     return sets
@@ -426,29 +437,30 @@ def load_folders(root, args):
             return train, None
         val = root / "val"
         if val.is_dir() and not any(entry.is_dir() for entry in os.scandir(val)):
-            stop(f"{val} is flat: move each image into {val}/<class>/, with the class folders' names of {root / 'train'}")
+            stop(f"{val} is flat: move each image into {val}/<class>/, "
+                 f"with the class folders' names of {root / 'train'}")
         paths, labels, _ = scan_folder(val, classes)
         return train, Folder(paths, torch.tensor(labels), classes, *IMAGENET_STATS)
     paths, labels, classes = scan_folder(root)
     if not args.holdout:
-        stop(f"{root} has no train/ and val/ folders: add --holdout {max(1, len(paths) // 10)} to set that many of its "
-             f"{len(paths)} images aside for validation")
+        stop(f"{root} has no train/ and val/ folders: add --holdout {max(1, len(paths) // 10)} to set that "
+             f"many of its {len(paths)} images aside for validation")
     return Folder(paths, torch.tensor(labels), classes, *IMAGENET_STATS), None
 
 
-# ======================================================================================================================
+# ============================================================================================================
 #  VIEWS: what the model is shown
-# ======================================================================================================================
+# ============================================================================================================
 #
-# Random numbers are drawn per image, on the CPU (so that no step waits for the GPU); pixels are computed in batches on
-# the device of the images.
+# Random numbers are drawn per image, on the CPU (so that no step waits for the GPU); pixels are computed in
+# batches on the device of the images.
 
 @dataclass
 class View:
     """How images become one input of a model; `count` views of this kind are made of every image.
 
     scale None shows the whole image: as it is, padded and cropped (`pad`), or, streamed, its centre.
-    tokenizer_size n gives the same crop once more, n pixels wide and in [0, 1] (the second input of BEiT and CAE).
+    tokenizer_size n gives the same crop again, n pixels wide and in [0, 1] (second input of BEiT and CAE).
     """
     size: int
     count: int = 1
@@ -473,8 +485,8 @@ def uniform(low, high, *shape):
 # ---- crops ----
 
 def random_boxes(B, H, W, scale, ratio):
-    """Boxes of the random resized crop: area share uniform in `scale`, aspect log-uniform in `ratio`, ten tries each,
-    then the largest central box of an allowed aspect. -> (B, 4) long: top, left, height, width
+    """Boxes of the random resized crop: area share uniform in `scale`, aspect log-uniform in `ratio`, ten
+    tries each, then the largest central box of an allowed aspect. -> (B, 4) long: top, left, height, width
     """
     area = H * W * uniform(*scale, B, 10)
     aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), B, 10).exp()
@@ -500,32 +512,33 @@ def resize_weights(start, length, n_in, n_out):
     centre = start + (torch.arange(n_out, device=start.device)[:, None] + 0.5) * shrink     # (B, n_out, 1)
     x = ((where - centre) / shrink.clamp(min=1)).abs()                                      # (B, n_out, n_in)
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0)) * ((where > start) & (where < start + length))
+    weights = (torch.where(x < 1, near, torch.where(x < 2, far, 0))
+               * ((where > start) & (where < start + length)))
     return weights / weights.sum(-1, keepdim=True)
 
 
 def crop_and_resize(imgs, boxes, size):
-    """Cut a box out of each image and resize it, antialiased bicubic. imgs (B, 3, H, W), boxes (B, 4) -> (B, 3, s, s)"""
+    """Cut a box (B, 4) out of each image (B, 3, H, W) and resize it, antialiased bicubic. -> (B, 3, s, s)"""
     H, W = imgs.shape[-2:]
     top, left, h, w = boxes.to(imgs.device, non_blocking=True).unbind(1)
-    rows, cols = resize_weights(top, h, H, size), resize_weights(left, w, W, size)          # (B, s, H), (B, s, W)
+    rows, cols = resize_weights(top, h, H, size), resize_weights(left, w, W, size)  # (B, s, H), (B, s, W)
     return (rows[:, None] @ (imgs @ cols.transpose(1, 2)[:, None])).clamp(0, 1)
 
 
 def resize(imgs, size):
-    """(B, 3, H, W) -> (B, 3, size, size), antialiased bicubic, clamped to [0, 1]; nothing if it fits already."""
+    """(B, 3, H, W) -> (B, 3, size, size), antialiased bicubic, clamped to [0, 1]; nothing if it fits."""
     if imgs.shape[-2:] == (size, size):
         return imgs
     return F.interpolate(imgs, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def pad_and_crop(imgs, pad):
-    """Pad with `pad` black pixels on every side and cut the original size out at a random place of each image."""
+    """Pad with `pad` black pixels all around and cut the original size out at a random place per image."""
     B, _, H, W = imgs.shape
     top, left = torch.randint(2 * pad + 1, (2, B)).to(imgs.device, non_blocking=True)
     rows = top[:, None] + torch.arange(H, device=imgs.device)                               # (B, H)
     cols = left[:, None] + torch.arange(W, device=imgs.device)                              # (B, W)
-    padded = F.pad(imgs, (pad,) * 4).permute(0, 2, 3, 1)                                    # (B, H + 2p, W + 2p, 3)
+    padded = F.pad(imgs, (pad,) * 4).permute(0, 2, 3, 1)  # (B, H + 2p, W + 2p, 3)
     each = torch.arange(B, device=imgs.device)[:, None, None]
     return padded[each, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
@@ -542,7 +555,7 @@ def per_image(values, imgs):
 
 
 def luma(imgs):
-    return (imgs * imgs.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)      # (B, 1, H, W)
+    return (imgs * imgs.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)  # (B, 1, H, W)
 
 
 def blend(imgs, other, factor):
@@ -569,16 +582,16 @@ def hue(imgs, turn):
     r, g, b = imgs.unbind(1)
     safe = torch.where(chroma == 0, 1, chroma)
     h = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    h = (h / 6 + per_image(turn, imgs)[:, 0]) % 1 * 6                                       # in sixths of the circle
+    h = (h / 6 + per_image(turn, imgs)[:, 0]) % 1 * 6  # in sixths of the circle
     k = (h[:, None] + imgs.new_tensor([5, 3, 1])[:, None, None]) % 6                        # (B, 3, H, W)
     return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def where_chosen(imgs, choice, operations):
-    """Image i goes through operations[choice[i]](imgs, rows); any other choice leaves it. choice (B,) on the CPU."""
+    """Image i goes through operations[choice[i]](imgs, rows), or stays if there is none. choice (B,): CPU."""
     imgs = imgs.clone()
     for k, operation in enumerate(operations):
-        rows = (choice == k).nonzero()[:, 0]                    # on the CPU, so that the GPU is not waited for
+        rows = (choice == k).nonzero()[:, 0]  # on the CPU, so that the GPU is not waited for
         if len(rows):
             on_device = rows.to(imgs.device, non_blocking=True)
             imgs[on_device] = operation(imgs[on_device], rows)
@@ -586,7 +599,7 @@ def where_chosen(imgs, choice, operations):
 
 
 def color_jitter(imgs, strengths, prob=1.0):
-    """Brightness, contrast, saturation and hue in a random order per image; factors U(1 - s, 1 + s), hue U(-s, s)."""
+    """Brightness, contrast, saturation, hue, shuffled per image; factors U(1 - s, 1 + s), hue U(-s, s)."""
     B = len(imgs)
     factor = torch.stack([uniform(max(0, 1 - s), 1 + s, B) for s in strengths[:3]])         # (3, B)
     turn = uniform(-strengths[3], strengths[3], B)
@@ -622,7 +635,7 @@ def gaussian_blur(imgs, sigma):
 # ---- RandAugment ----
 
 def affine(imgs, matrix, fill=(124, 116, 104)):
-    """Move each image by its (2, 3) matrix, which maps output to input places in [-1, 1]; bicubic, `fill` outside."""
+    """Move each image by its (2, 3) matrix, output to input places in [-1, 1]; bicubic, `fill` outside."""
     fill = imgs.new_tensor(fill)[:, None, None] / 255
     grid = F.affine_grid(matrix.to(imgs.device, non_blocking=True), list(imgs.shape), align_corners=False)
     return (F.grid_sample(imgs - fill, grid, mode="bicubic", align_corners=False) + fill).clamp(0, 1)
@@ -638,7 +651,8 @@ def equalize(imgs):
     """Equalise the histogram of each channel of each image, by Pillow's rule on 256 levels."""
     B, C, H, W = imgs.shape
     level = (imgs * 255).round().long().view(B * C, H * W)
-    counts = torch.zeros(B * C, 256, dtype=torch.long, device=imgs.device).scatter_add_(1, level, torch.ones_like(level))
+    counts = torch.zeros(B * C, 256, dtype=torch.long, device=imgs.device).scatter_add_(
+        1, level, torch.ones_like(level))
     step = (H * W - counts.gather(1, level.amax(1, keepdim=True))) // 255                   # (B C, 1)
     table = (counts.cumsum(1) - counts + step // 2) // step.clamp(min=1)
     table = torch.where(step > 0, table.clamp(max=255), torch.arange(256, device=imgs.device))
@@ -665,18 +679,21 @@ def sharpness(imgs, factor):
     return blend(imgs, smooth, factor)
 
 
-RAND_AUGMENT = ("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color", "contrast",
-                "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y")
+RAND_AUGMENT = ("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add",
+                "color", "contrast", "brightness", "sharpness",
+                "shear_x", "shear_y", "translate_x", "translate_y")
 
 
 def augment_op(imgs, name, level):
-    """One operation of RandAugment. level (B,) in [-1, 1]: size m / 10, and a sign for the operations that have one."""
+    """One operation of RandAugment. level (B,) in [-1, 1]: size m / 10, and a sign where there is one."""
     a, one, zero = level.abs(), torch.ones_like(level), torch.zeros_like(level)
     if name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y"):
         cos, sin = (level * math.radians(30)).cos(), (level * math.radians(30)).sin()
         shear, shift = 0.3 * level, 2 * 0.45 * level
-        entries = {"rotate": (cos, -sin, zero, sin, cos, zero), "shear_x": (one, shear, shear, zero, one, zero),
-                   "shear_y": (one, zero, zero, shear, one, shear), "translate_x": (one, zero, shift, zero, one, zero),
+        entries = {"rotate": (cos, -sin, zero, sin, cos, zero),
+                   "shear_x": (one, shear, shear, zero, one, zero),
+                   "shear_y": (one, zero, zero, shear, one, shear),
+                   "translate_x": (one, zero, shift, zero, one, zero),
                    "translate_y": (one, zero, zero, zero, one, shift)}[name]
         return affine(imgs, torch.stack(entries, 1).view(-1, 2, 3))
     if name == "posterize":
@@ -686,7 +703,8 @@ def augment_op(imgs, name, level):
     if name == "solarize_add":
         return solarize_add(imgs, (110 * a).long())
     if name in ("color", "contrast", "brightness", "sharpness"):
-        blender = {"color": saturation, "contrast": contrast, "brightness": brightness, "sharpness": sharpness}[name]
+        blender = {"color": saturation, "contrast": contrast,
+                   "brightness": brightness, "sharpness": sharpness}[name]
         return blender(imgs, 1 + 0.9 * level)
     return {"autocontrast": autocontrast, "equalize": equalize, "invert": lambda x: 1 - x}[name](imgs)
 
@@ -710,7 +728,7 @@ def rand_augment(imgs, magnitude=9.0, std=0.5, count=2, prob=0.5):
 # ---- after normalisation ----
 
 def random_erasing(imgs, prob, area=(0.02, 1 / 3), aspect=0.3):
-    """Fill one random box of an image with N(0, 1) noise (Zhong et al., 2017, arXiv:1708.04896), on normalised imgs."""
+    """Fill one random box of a normalised image with N(0, 1) noise (Zhong et al., 2017, arXiv:1708.04896)."""
     B, _, H, W = imgs.shape
     size = H * W * uniform(*area, B, 10)
     shape = uniform(math.log(aspect), -math.log(aspect), B, 10).exp()
@@ -727,10 +745,10 @@ def random_erasing(imgs, prob, area=(0.02, 1 / 3), aspect=0.3):
 
 
 def mixup_cutmix(imgs, labels, num_classes, mixup, cutmix, smoothing):
-    """Mix every image with its mirror partner in the batch: Mixup (arXiv:1710.09412) or CutMix (arXiv:1905.04899).
+    """Mix each image of a batch with its mirror partner: Mixup (arXiv:1710.09412), CutMix (arXiv:1905.04899).
 
     One draw a batch: CutMix or Mixup with probability 1/2 (if both are on), lambda ~ Beta(a, a).
-    imgs (B, 3, H, W), labels (B,) -> imgs, targets (B, K) = lambda * y + (1 - lambda) * y_partner, y label-smoothed.
+    imgs (B, 3, H, W), labels (B,) -> imgs, targets (B, K) = lambda y + (1 - lambda) y_partner, y smoothed.
     """
     lam = 1.0
     if mixup or cutmix:
@@ -750,7 +768,7 @@ def mixup_cutmix(imgs, labels, num_classes, mixup, cutmix, smoothing):
 
 
 def cutmix_box(H, W, lam, centre):
-    """Box of side share sqrt(1 - lambda) around centre (y, x), clipped. -> (top, bottom, left, right), true lambda"""
+    """Clipped box of side share sqrt(1 - lambda) at (y, x). -> (top, bottom, left, right), true lambda"""
     h, w = int(H * math.sqrt(1 - lam)), int(W * math.sqrt(1 - lam))
     top, bottom = max(0, centre[0] - h // 2), min(H, centre[0] + h // 2)
     left, right = max(0, centre[1] - w // 2), min(W, centre[1] + w // 2)
@@ -760,12 +778,13 @@ def cutmix_box(H, W, lam, centre):
 # ---- masks ----
 
 def blockwise_mask(B, grid, num_masked, min_block=16, exact=True, device="cpu"):
-    """Random block masks (BEiT, arXiv:2106.08254, algorithm 1, with the details of its code), for a whole batch at once.
+    """Random block masks (BEiT, arXiv:2106.08254, algorithm 1, with details of its code), for a whole batch.
 
-    Blocks of s ~ U(min_block, what is left) patches and log-uniform aspect in (0.3, 1/0.3) are added until num_masked
-    are hidden; a block that does not fit or hides nothing new is tried again, ten times, then its mask ends early.
-    num_masked: an int, or (B,) floats (iBOT's ratio per image). exact: fill (at random) up to exactly num_masked, an int.
-    All images try in lock step, without waiting for the device. -> (B, grid * grid) bool, True = hidden
+    Blocks of s ~ U(min_block, what is left) patches and log-uniform aspect in (0.3, 1/0.3) are added until
+    num_masked are hidden; a block that does not fit or hides nothing new is tried again, ten times, then
+    its mask ends early. num_masked: an int, or (B,) floats (iBOT's ratio per image). exact: fill (at
+    random) up to exactly num_masked, an int. All images try in lock step, without waiting for the device.
+    -> (B, grid * grid) bool, True = hidden
     """
     budget = torch.as_tensor(num_masked, dtype=torch.float32, device=device).expand(B)
     mask = torch.zeros(B, grid, grid, dtype=torch.bool, device=device)
@@ -786,7 +805,7 @@ def blockwise_mask(B, grid, num_masked, min_block=16, exact=True, device="cpu"):
         count += added * accept
         failures = torch.where(accept, 0, failures + 1)
     mask = mask.flatten(1)
-    if exact:                                                   # hidden ones first, then the others in random order
+    if exact:  # hidden ones first, then the others in random order
         first = (mask + torch.rand(B, grid * grid, device=device)).argsort(1, descending=True)[:, :num_masked]
         mask = mask.scatter(1, first, True)
     return mask
@@ -800,8 +819,8 @@ MASK_TRIES = 64
 def make_views(crops, views, mean, std):
     """Finish the crops of a batch: flip, colours, RandAugment, normalisation, erasing.
 
-    crops: one (B, 3, s, s) float tensor in [0, 1] for every view and count -> list of the model's inputs, in that order,
-    where a view with tokenizer_size gives two.
+    crops: one (B, 3, s, s) float tensor in [0, 1] for every view and count -> list of the model's inputs,
+    in that order, where a view with tokenizer_size gives two.
     """
     mean, std = (torch.tensor(v, device=crops[0].device)[:, None, None] for v in (mean, std))
     out = []
@@ -830,19 +849,21 @@ def make_views(crops, views, mean, std):
 
 
 def crop_in_memory(imgs, views):
-    """The crops of a batch of uint8 images in memory, one (B, 3, s, s) float tensor in [0, 1] for every view and count."""
+    """Crops of a batch of uint8 images: one (B, 3, s, s) float tensor in [0, 1] for every view and count."""
     imgs, crops = imgs.float() / 255, []
     for view in views:
         for _ in range(view.count):
             if view.scale:
-                crops.append(crop_and_resize(imgs, random_boxes(*imgs[:, 0].shape, view.scale, view.ratio), view.size))
+                crops.append(crop_and_resize(imgs, random_boxes(*imgs[:, 0].shape, view.scale, view.ratio),
+                                             view.size))
             else:
-                crops.append(pad_and_crop(resize(imgs, view.size), view.pad) if view.pad else resize(imgs, view.size))
+                crops.append(pad_and_crop(resize(imgs, view.size), view.pad) if view.pad
+                             else resize(imgs, view.size))
     return crops
 
 
 def crop_file(path, views):
-    """The crops of one image file, (3, s, s) uint8 each. A JPEG is decoded no larger than the crops need (`draft`)."""
+    """The crops of one image file, (3, s, s) uint8. A JPEG is decoded no larger than they need (`draft`)."""
     kinds = [view for view in views for _ in range(view.count)]
     with Image.open(path) as img:
         W, H = img.size
@@ -850,7 +871,7 @@ def crop_file(path, views):
         for view in kinds:
             if view.scale:
                 boxes.append(random_boxes(1, H, W, view.scale, view.ratio)[0].tolist())
-            else:                                               # the centre: 224 of 256, as everybody evaluates
+            else:  # the centre: 224 of 256, as everybody evaluates
                 side = min(H, W) * (0.875 if view.size <= 224 else 1.0)
                 boxes.append(((H - side) / 2, (W - side) / 2, side, side))
         shrink = min(min(h, w) / view.size for (_, _, h, w), view in zip(boxes, kinds))
@@ -859,22 +880,23 @@ def crop_file(path, views):
         img = img.convert("RGB")
     sx, sy = img.size[0] / W, img.size[1] / H
     crops = [img.resize((view.size, view.size), Image.Resampling.BICUBIC,
-                        box=(left * sx, top * sy, min((left + w) * sx, img.size[0]), min((top + h) * sy, img.size[1])))
+                        box=(left * sx, top * sy,
+                             min((left + w) * sx, img.size[0]), min((top + h) * sy, img.size[1])))
              for (top, left, h, w), view in zip(boxes, kinds)]
     return [torch.from_numpy(np.array(crop)).permute(2, 0, 1) for crop in crops]
 
 
 class FileCrops(torch.utils.data.Dataset):
-    """What the workers of a streamed data set do: (index, seed) -> crops, label, index of an unreadable file or -1."""
+    """What workers of a streamed set do: (index, seed) -> crops, label, index of an unreadable file or -1."""
 
     def __init__(self, source, views):
         self.source, self.views = source, views
 
     def __getitem__(self, key):
         index, seed = key
-        torch.manual_seed(seed)                                 # the crop depends on the image and the epoch alone
+        torch.manual_seed(seed)  # the crop depends on the image and the epoch alone
         broken = -1
-        for other in range(index, index + 100):                 # an unreadable file is replaced by the next one
+        for other in range(index, index + 100):  # an unreadable file is replaced by the next one
             other %= len(self.source)
             try:
                 return crop_file(self.source.paths[other], self.views), self.source.labels[other], broken
@@ -884,11 +906,13 @@ class FileCrops(torch.utils.data.Dataset):
 
 
 class Loader:
-    """Batches of views: `loader.steps(start)` for training, and, with train=False, `for views, labels in loader`.
+    """Batches of views: `loader.steps(start)` for training, `for views, labels in loader` with train=False.
 
-    source: `Images` or `Folder`; views: list of `View`. Yields ([(B, 3, s, s), ...], labels (B,)) on args.device.
-    Training: every epoch is a random order of the images, the same for any number of GPUs; one step takes batch_size of
-    them, this rank's share in accum_steps parts. What is left over at the end of an epoch waits for another one.
+    source: `Images` or `Folder`; views: list of `View`.
+    Yields ([(B, 3, s, s), ...], labels (B,)) on args.device.
+    Training: every epoch is a random order of the images, the same for any number of GPUs; one step takes
+    batch_size of them, this rank's share in accum_steps parts. What is left over at the end of an epoch
+    waits for another one.
     Evaluation: all images once and in order, every `world_size()`-th on this rank.
     """
 
@@ -904,9 +928,9 @@ class Loader:
         self.skipped = set()                                    # image files that could not be read
 
     def steps(self, start=0):
-        """Yield (step, parts) from step `start` to the last; `parts` yields accum_steps times (views, labels).
+        """Yield (step, parts) from step `start` on; `parts` yields accum_steps times (views, labels).
 
-        Step s draws the same random numbers whenever it is run: a resumed training repeats the uninterrupted one.
+        Step s draws the same random numbers whenever it is run: a resumed run repeats the uninterrupted one.
         """
         files = iter(self.workers(self.indices(start))) if isinstance(self.source, Folder) else None
         for step in range(start, self.total_steps):
@@ -918,7 +942,7 @@ class Loader:
             yield self.batch(index, next(files) if files else None)
 
     def index_of(self, step):
-        """The image numbers of this rank's share of a step: (accum_steps, batch_size / accum_steps / ranks) long."""
+        """Image numbers of this rank's share of a step: (accum_steps, batch_size / accum_steps / ranks)."""
         epoch, place = divmod(step, self.epoch_steps)
         if getattr(self, "order", (None,))[0] != epoch:
             g = torch.Generator().manual_seed(seed_of(self.args.seed, epoch))
@@ -933,7 +957,8 @@ class Loader:
 
     def workers(self, batches):
         return torch.utils.data.DataLoader(FileCrops(self.source, self.views), batch_sampler=batches,
-                                           num_workers=self.args.num_workers, pin_memory="cuda" in self.args.device)
+                                           num_workers=self.args.num_workers,
+                                           pin_memory="cuda" in self.args.device)
 
     def batch(self, index, streamed=None):
         """Views and labels of the images `index`: in memory, or as the workers `streamed` them."""
@@ -960,18 +985,21 @@ class Loader:
         share = torch.arange(rank(), len(self.source), world_size()).split(500)
         if isinstance(self.source, Images):
             return (self.batch(index) for index in share)
-        return (self.batch(None, s) for s in self.workers([[(i, 0) for i in index.tolist()] for index in share]))
+        return (self.batch(None, s)
+                for s in self.workers([[(i, 0) for i in index.tolist()] for index in share]))
 
 
-# ======================================================================================================================
+# ============================================================================================================
 #  RUNS: what a training leaves behind
-# ======================================================================================================================
+# ============================================================================================================
 
 # ---- flags ----
 
 COMMON = {  # flag: (default, help); a RECIPES table gives the defaults that depend on the data set
-    "data": ("cifar10", "data set: shapes, cifar10, cifar100, tiny-imagenet, imagenet or a folder of class folders"),
-    "data_dir": ("data", "where data sets lie and are downloaded to; ImageNet is looked for in data_dir/imagenet"),
+    "data": ("cifar10", "data set: shapes, cifar10, cifar100, tiny-imagenet, imagenet or "
+                        "a folder of class folders"),
+    "data_dir": ("data", "where data sets lie and are downloaded to; "
+                         "ImageNet is looked for in data_dir/imagenet"),
     "output_dir": ("", "folder of this run (out/<method>-<data> if not given)"),
     "model": ("tiny", "size of the Vision Transformer: micro, tiny, small, base, large, huge"),
     "img_size": (32, "image side in pixels"),
@@ -1013,10 +1041,11 @@ def peek(name, default, choices=None):
 
 
 def parse_args(doc, recipes, flags, folder=None):
-    """The flags of a script: typed on the command line, else of the resumed run, else its recipe, else the default.
+    """The flags of a script: from the command line, else the resumed run, else its recipe, else the default.
 
-    recipes: {flag: one value, or one value for each of NAMES; a value may be a dict by --model}. flags: {flag: help},
-    or (help, choices); the flags that this method adds to COMMON. folder: output_dir is <folder>-<data> if not given.
+    recipes: {flag: one value, or one value for each of NAMES; a value may be a dict by --model}.
+    flags: {flag: help}, or (help, choices); the flags that this method adds to COMMON.
+    folder: output_dir is <folder>-<data> if not given.
     -> argparse.Namespace; --data imagenet --help shows the values of that column.
     Raises: exits with one sentence on a wrong value.
     """
@@ -1042,16 +1071,18 @@ def parse_args(doc, recipes, flags, folder=None):
         for name, text in helps.items():
             value, text = values[name], f"{text} (default: {values[name]})".replace("%", "%%")
             if isinstance(value, bool) or name == "compile":
-                p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+                p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction,
+                               default=argparse.SUPPRESS, help=text)
             else:
                 p.add_argument(f"--{name}", type=type(value), default=argparse.SUPPRESS, help=text,
-                               choices=choices.get(name), metavar=None if name in choices else type(value).__name__)
+                               choices=choices.get(name),
+                               metavar=None if name in choices else type(value).__name__)
         return p
 
-    # two passes: the first finds what the defaults depend on, the second reads (or shows) the flags with these defaults
+    # two passes: the first finds what the defaults depend on, the second reads (or shows) the flags with them
     data_name = peek("data", COMMON["data"][0])
     output_dir = peek("output_dir", "") or f"{folder}-{Path(data_name).name}"
-    resume = "--resume" in sys.argv or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0     # by torchrun
+    resume = "--resume" in sys.argv or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
     kept = {}
     if resume and (Path(output_dir) / "args.json").exists():
         kept = json.loads((Path(output_dir) / "args.json").read_text())["flags"]
@@ -1059,7 +1090,7 @@ def parse_args(doc, recipes, flags, folder=None):
     values |= {name: kept[name] for name in kept if name in values}
     typed = vars(parser(values).parse_args())
     args = argparse.Namespace(**values | typed | {"output_dir": output_dir, "resume": resume})
-    if "lr" in typed or "blr" in typed:                         # the typed one of the two wins over the recipe's
+    if "lr" in typed or "blr" in typed:  # the typed one of the two wins over the recipe's
         args.lr, args.blr = typed.get("lr", 0.0), typed.get("blr", 0.0)
     args.method, args.flags = Path(folder).name, dict(vars(args))
     check_args(args)
@@ -1071,15 +1102,16 @@ def check_args(args):
     """One sentence for each combination of flags that cannot run."""
     if args.img_size % args.patch_size:
         near = round(args.img_size / args.patch_size) * args.patch_size
-        stop(f"--img_size {args.img_size} is not divisible by --patch_size {args.patch_size}: use --img_size {near}")
+        stop(f"--img_size {args.img_size} is not divisible by --patch_size {args.patch_size}: "
+             f"use --img_size {near}")
     share = world_size() * args.accum_steps
     for name in ("epochs", "batch_size", "accum_steps", "log_every", "eval_every", "save_every"):
         if getattr(args, name) < 1:
             stop(f"--{name} {getattr(args, name)} must be 1 or more")
     if args.batch_size % share:
         low = args.batch_size // share * share
-        stop(f"--batch_size {args.batch_size} does not divide over {world_size()} GPUs x {args.accum_steps} accumulation "
-             f"steps: use {f'{low} or ' if low else ''}{low + share}")
+        stop(f"--batch_size {args.batch_size} does not divide over {world_size()} GPUs x {args.accum_steps} "
+             f"accumulation steps: use {f'{low} or ' if low else ''}{low + share}")
 
 
 # ---- ranks, device, precision ----
@@ -1107,9 +1139,11 @@ def setup(args):
     A folder that already holds a run is refused unless --resume is given.
     """
     if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        args.device = ("cuda" if torch.cuda.is_available() else
+                       "mps" if torch.backends.mps.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda was asked for but torch sees no CUDA GPU: install a CUDA build of torch or use --device cpu")
+        stop("--device cuda was asked for but torch sees no CUDA GPU: "
+             "install a CUDA build of torch or use --device cpu")
     if args.device == "cuda":
         args.device = f"cuda:{local_rank()}"
         torch.cuda.set_device(args.device)
@@ -1137,15 +1171,17 @@ def setup(args):
 
 
 def git_commit():
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
-                          cwd=Path(__file__).parent) if shutil.which("git") else None
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
+        cwd=Path(__file__).parent) if shutil.which("git") else None
     return done.stdout.strip() if done and done.returncode == 0 else "unknown"
 
 
 def hardware(args):
     if "cuda" in args.device:
         return f"{world_size()} x {torch.cuda.get_device_name()}"
-    return f"{world_size()} x {args.device}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+    return (f"{world_size()} x {args.device}, {torch.get_num_threads()} threads, "
+            f"{platform.processor() or platform.machine()}")
 
 
 def barrier():
@@ -1166,7 +1202,8 @@ def wrap(model, args):
         model.compile()
     if world_size() == 1:
         return model
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[local_rank()] if "cuda" in args.device else None)
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[local_rank()] if "cuda" in args.device else None)
 
 
 def autocast(args):
@@ -1176,20 +1213,20 @@ def autocast(args):
 
 
 def make_scaler(args):
-    """Loss scaling for fp16; for bf16 and float32 it does nothing, so that one form of loop serves all three."""
+    """Loss scaling for fp16; for bf16 and float32 it does nothing, so that one loop serves all three."""
     return torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
 
 
 def describe(args, model, loader, trivial):
-    """Print what the run is about to do. trivial: the loss that a model reaches without having learnt anything."""
+    """Print what the run is about to do. trivial: the loss that a model reaches without learning anything."""
     if rank() == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{args.method}: {args.model} on {args.data}, {args.img_size} px in {args.patch_size} px patches, "
-              f"{millions:.1f} M parameters, {hardware(args)}, {args.amp if args.amp != 'none' else 'float32'}"
-              f"{', compiled' if args.compile else ''}\n"
-              f"{len(loader.source):,} images, {args.epochs} epochs of {loader.epoch_steps} steps, batch {args.batch_size} "
-              f"= {world_size()} ranks x {args.accum_steps} parts x {args.batch_size // world_size() // args.accum_steps}, "
-              f"learning rate {args.lr:.3g}\n"
+        print(f"{args.method}: {args.model} on {args.data}, {args.img_size} px in {args.patch_size} px "
+              f"patches, {millions:.1f} M parameters, {hardware(args)}, "
+              f"{args.amp if args.amp != 'none' else 'float32'}{', compiled' if args.compile else ''}\n"
+              f"{len(loader.source):,} images, {args.epochs} epochs of {loader.epoch_steps} steps, "
+              f"batch {args.batch_size} = {world_size()} ranks x {args.accum_steps} parts x "
+              f"{args.batch_size // world_size() // args.accum_steps}, learning rate {args.lr:.3g}\n"
               f"trivial level of the loss: {trivial}; run folder: {args.output_dir}", flush=True)
 
 
@@ -1198,8 +1235,9 @@ def describe(args, model, loader, trivial):
 class Log:
     """The progress line, log.jsonl and curves.png of a run.
 
-    `step` is called after every update and touches the device only every --log_every steps; then a loss that is not
-    finite ends the run, and a Ctrl-C or SIGTERM is noticed (on all ranks at once) in `interrupted`.
+    `step` is called after every update and touches the device only every --log_every steps; then a loss
+    that is not finite ends the run, and a Ctrl-C or SIGTERM is noticed (on all ranks at once) in
+    `interrupted`.
     """
 
     def __init__(self, args, loader, start=0):
@@ -1207,7 +1245,7 @@ class Log:
         self.path = Path(args.output_dir) / "log.jsonl"
         self.sums, self.count, self.interrupted, self.signal = {}, 0, False, 0
         self.before, self.shown = 0.0, 0.0                      # seconds of the runs that this one resumes
-        if self.path.exists() and rank() == 0:                  # what came after the checkpoint will be run again
+        if self.path.exists() and rank() == 0:  # what came after the checkpoint will be run again
             lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
             lines = [line for line in lines if line["step"] <= start and start > 0]
             self.before = lines[-1]["seconds"] if lines else 0.0
@@ -1241,8 +1279,9 @@ class Log:
         *averages, stopped = packed.tolist()
         values = self.sums | dict(zip(tensors, averages))
         if not all(math.isfinite(v) for v in averages):
-            stop(f"{', '.join(f'{k} {v}' for k, v in zip(tensors, averages))} at step {step + 1}: try a smaller --lr, "
-                 f"--clip_grad 1 or --amp none; the last good checkpoint is {self.args.output_dir}/last.pt")
+            stop(f"{', '.join(f'{k} {v}' for k, v in zip(tensors, averages))} at step {step + 1}: "
+                 f"try a smaller --lr, --clip_grad 1 or --amp none; "
+                 f"the last good checkpoint is {self.args.output_dir}/last.pt")
         self.interrupted = stopped > 0
         now = time.perf_counter()
         values["images/s"] = round(self.count * self.args.batch_size / (now - self.window))
@@ -1255,7 +1294,8 @@ class Log:
             return
         left = (now - self.began) / max(1, done - self.start) * (self.loader.total_steps - done)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-        line = f"epoch {done / self.loader.epoch_steps:6.2f}/{self.args.epochs}  step {done}  {shown}  left {clock(left)}"
+        line = (f"epoch {done / self.loader.epoch_steps:6.2f}/{self.args.epochs}  step {done}  {shown}  "
+                f"left {clock(left)}")
         if sys.stderr.isatty():
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
         else:
@@ -1275,8 +1315,9 @@ class Log:
             file.write(json.dumps(entry) + "\n")
         if not quiet:
             start = "\r\033[K" if sys.stderr.isatty() else ""
-            print(f"{start}epoch {entry['epoch']:g}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()) +
-                  f" after {clock(seconds)}", flush=True)
+            print(f"{start}epoch {entry['epoch']:g}: "
+                  + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+                  + f" after {clock(seconds)}", flush=True)
 
     def ends_epoch(self, step):
         return not (step + 1) % self.loader.epoch_steps or step + 1 == self.loader.total_steps
@@ -1287,7 +1328,8 @@ class Log:
         return done or not (step + 1) % (epochs * self.loader.epoch_steps)
 
     def evaluates(self, step):
-        return not self.interrupted and (self.every(self.args.eval_every, step) or step + 1 == self.loader.epoch_steps)
+        return not self.interrupted and (self.every(self.args.eval_every, step)
+                                         or step + 1 == self.loader.epoch_steps)
 
     def saves(self, step):
         return self.interrupted or self.every(self.args.save_every, step)
@@ -1301,8 +1343,9 @@ class Log:
                 print(f"\nstopped and saved: --resume continues {self.args.output_dir}", flush=True)
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
         if rank() == 0:
-            print(f"finished in {clock(self.before + time.perf_counter() - self.began)}: see {self.args.output_dir}/ "
-                  f"for {', '.join(sorted(p.name for p in self.path.parent.iterdir()))}", flush=True)
+            print(f"finished in {clock(self.before + time.perf_counter() - self.began)}: "
+                  f"see {self.args.output_dir}/ for "
+                  f"{', '.join(sorted(p.name for p in self.path.parent.iterdir()))}", flush=True)
         if world_size() > 1:
             dist.destroy_process_group()
 
@@ -1339,35 +1382,37 @@ def save_atomically(content, path):
 
 
 def load_file(path):
-    """A file written by torch.save, on the CPU, executing nothing. Raises: exits with one sentence if it is damaged."""
+    """A file of torch.save, on the CPU, executing nothing. Raises: exits with one sentence if damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         stop(f"there is no file {path}: check the path")
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
-        stop(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}): it is truncated or of another kind; "
-             f"restore it from a copy or delete it")
+        stop(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}): it is truncated or of "
+             f"another kind; restore it from a copy or delete it")
 
 
 def save_checkpoint(args, step, **parts):
-    """Save the state of a run after `step` updates to last.pt; parts: all that has a state_dict, or plain values."""
-    states = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+    """Save the state of a run after `step` updates to last.pt; parts: what has a state_dict, plain values."""
+    states = {name: part.state_dict() if hasattr(part, "state_dict") else part
+              for name, part in parts.items()}
     for name, value in states.get("model", {}).items():
         if value.is_floating_point() and not value.isfinite().all():
-            stop(f"the weight {name} is not finite after step {step}: try a smaller --lr, --clip_grad 1 or --amp none; "
-                 f"the last good checkpoint is {args.output_dir}/last.pt")
+            stop(f"the weight {name} is not finite after step {step}: try a smaller --lr, --clip_grad 1 or "
+                 f"--amp none; the last good checkpoint is {args.output_dir}/last.pt")
     if rank() == 0:
         save_atomically({"step": step, **states}, Path(args.output_dir) / "last.pt")
 
 
 def load_checkpoint(args, **parts):
-    """Bring `parts` to the state of last.pt if --resume is given. -> number of updates already made, 0 for a new run"""
+    """Bring `parts` to the state of last.pt if --resume is given. -> updates already made, 0 for a new run"""
     path = Path(args.output_dir) / "last.pt"
     if not args.resume or not path.exists():
         return 0
     states = load_file(path)
     if missing := {"step", *parts} - set(states):
-        stop(f"{path} lacks {', '.join(sorted(missing))}: it is no checkpoint of {args.method}; name another --output_dir")
+        stop(f"{path} lacks {', '.join(sorted(missing))}: it is no checkpoint of {args.method}; "
+             f"name another --output_dir")
     compare_tensors(path, states["model"], parts["model"].state_dict())
     for name, part in parts.items():
         part.load_state_dict(states[name])
@@ -1385,14 +1430,15 @@ def compare_tensors(path, found, wanted):
             where = f"{name} is {tuple(found[name].shape)} there and {tuple(wanted[name].shape)} in the model"
         else:
             continue
-        stop(f"{path} belongs to another model: {where}; use the --model, --img_size and --patch_size of that run")
+        stop(f"{path} belongs to another model: {where}; "
+             f"use the --model, --img_size and --patch_size of that run")
 
 
 def save_encoder(args, encoder, source):
-    """encoder.pt: weights under timm's names, the arguments that rebuild the ViT, and the pixels' mean and std."""
+    """encoder.pt: weights under timm's names, arguments that rebuild the ViT, the pixels' mean and std."""
     if rank() == 0:
-        content = {"model": encoder.state_dict(), "config": encoder.config, "mean": source.mean, "std": source.std,
-                   "method": args.method, "data": args.data}
+        content = {"model": encoder.state_dict(), "config": encoder.config,
+                   "mean": source.mean, "std": source.std, "method": args.method, "data": args.data}
         save_atomically(content, Path(args.output_dir) / "encoder.pt")
 
 
@@ -1448,12 +1494,12 @@ def encode(args, features, source):
     gathered = [[torch.empty_like(t) for _ in range(world_size())] for t in (outputs, labels)]
     dist.all_gather(gathered[0], outputs)
     dist.all_gather(gathered[1], labels)
-    return tuple(torch.stack(g, 1).flatten(0, 1)[:len(source)] for g in gathered)           # back to the set's order
+    return tuple(torch.stack(g, 1).flatten(0, 1)[:len(source)] for g in gathered)  # back to the set's order
 
 
 def knn_vote(train_x, train_y, x, ks, num_classes, temperature=0.07):
-    """Weighted k-nearest-neighbour vote (Wu et al., 2018, arXiv:1805.01978): neighbours by cosine similarity s, each
-    voting for its class with exp(s / temperature).
+    """Weighted k-nearest-neighbour vote (Wu et al., 2018, arXiv:1805.01978): neighbours by cosine
+    similarity s, each voting for its class with exp(s / temperature).
 
     train_x (n, D), train_y (n,), x (m, D) -> {k: predicted classes (m,)}
     """
@@ -1461,7 +1507,7 @@ def knn_vote(train_x, train_y, x, ks, num_classes, temperature=0.07):
     ks = [k for k in ks if k <= len(train_x)] or [len(train_x)]
     guesses = {k: [] for k in ks}
     for part in x.split(1000):
-        similarity, index = (part @ train_x.T).topk(max(ks))                                # (b, k), nearest first
+        similarity, index = (part @ train_x.T).topk(max(ks))  # (b, k), nearest first
         votes, classes = (similarity / temperature).exp(), train_y[index]
         for k in ks:
             total = votes.new_zeros(len(part), num_classes).scatter_add_(1, classes[:, :k], votes[:, :k])
@@ -1472,7 +1518,8 @@ def knn_vote(train_x, train_y, x, ks, num_classes, temperature=0.07):
 def knn_monitor(args, model, train_set, val_set, k=20, bank=50_000):
     """Accuracy in % of a k-NN vote over at most `bank` training images, on model.features(imgs) -> (B, D)."""
     if len(train_set) > bank:
-        train_set = train_set.subset(torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:bank])
+        train_set = train_set.subset(
+            torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:bank])
     model.eval()
     train_x, train_y = encode(args, model.features, train_set)
     x, y = encode(args, model.features, val_set)
@@ -1481,7 +1528,7 @@ def knn_monitor(args, model, train_set, val_set, k=20, bank=50_000):
     return (guess == y).float().mean().item() * 100
 
 
-# ======================================================================================================================
+# ============================================================================================================
 
 RECIPES = {"model": "tiny", "img_size": (64, 32, 32, 64, 224), "patch_size": (8, 4, 4, 8, 16)}
 
@@ -1493,13 +1540,15 @@ def main():
     sets = load_sets(args)
     for name, source in zip(("training", "validation"), sets):
         counts = source.labels.bincount(minlength=len(source.classes))
-        print(f"{name}: {len(source):,} images, {len(source.classes)} classes of {counts.min()} to {counts.max()} images")
+        print(f"{name}: {len(source):,} images, "
+              f"{len(source.classes)} classes of {counts.min()} to {counts.max()} images")
     mean, std = pixel_stats(sets[0].imgs) if isinstance(sets[0], Images) else (sets[0].mean, sets[0].std)
     show = "measured" if isinstance(sets[0], Images) else "ImageNet's, not measured"
     print(f"mean {' '.join(f'{v:.4f}' for v in mean)}, std {' '.join(f'{v:.4f}' for v in std)} ({show})")
     few, size = sets[0].subset(torch.arange(10)), args.img_size
     crop = dict(scale=(0.2, 1.0))
-    kinds = {"image": View(size), "crop, flip": View(size, **crop, flip=0.5), "pad and crop": View(size, pad=size // 8),
+    kinds = {"image": View(size), "crop, flip": View(size, **crop, flip=0.5),
+             "pad and crop": View(size, pad=size // 8),
              "colour jitter": View(size, jitter=(0.4, 0.4, 0.4, 0.1)), "greyscale": View(size, gray=1.0),
              "blur": View(size, blur=1.0), "solarise": View(size, solarize=1.0),
              "RandAugment": View(size, rand_augment=9.0), "erasing": View(size, erase=1.0),
@@ -1511,12 +1560,13 @@ def main():
         (imgs,), labels = next(iter(loader))
         rows[name] = to_pixels(imgs, sets[0])
     plain = rows["image"]
-    rows["mixup, cutmix"] = torch.cat([mixup_cutmix(plain[:6], labels[:6].cpu(), len(sets[0].classes), m, c, 0.1)[0]
-                                       for m, c in ((0.8, 0.0), (0.0, 1.0))])[:10]
+    rows["mixup, cutmix"] = torch.cat([
+        mixup_cutmix(plain[:6], labels[:6].cpu(), len(sets[0].classes), m, c, 0.1)[0]
+        for m, c in ((0.8, 0.0), (0.0, 1.0))])[:10]
     grid = size // args.patch_size
     mask = blockwise_mask(10, grid, int(0.4 * grid ** 2), max(1, grid ** 2 // 12))
-    rows["block mask"] = plain * ~mask.view(10, 1, grid, grid).repeat_interleave(args.patch_size, 2).repeat_interleave(
-        args.patch_size, 3)
+    rows["block mask"] = plain * ~mask.view(10, 1, grid, grid).repeat_interleave(
+        args.patch_size, 2).repeat_interleave(args.patch_size, 3)
     path = Path(args.output_dir) / "pictures" / "views.png"
     save_rows(path, rows, title=f"{args.data}: " + ", ".join(sets[0].classes[y] for y in labels.tolist()))
     print(f"see {path}")

@@ -1,15 +1,16 @@
-"""Masked Autoencoders Are Scalable Vision Learners (He, Chen, Xie, Li, Dollar, Girshick, 2021), arXiv:2111.06377.
+"""Masked Autoencoders Are Scalable Vision Learners (He et al., 2021), arXiv:2111.06377.
 
-Hide 75% of the patches of an image at random. The encoder, a ViT, sees only the other 25%, so it is fast; a small
-decoder gets the encoded patches, a mask token at every hidden place, and paints the pixels that are missing.
+Hide 75% of the patches of an image at random. The encoder, a ViT, sees only the other 25%, so it is fast; a
+small decoder gets the encoded patches, a mask token at every hidden place, and paints the pixels that are
+missing.
 
     L = 1/|M| sum_{i in M} 1/P sum_p (pred_ip - target_ip)^2         M: the hidden patches of all images
     target_i = (patch_i - mean(patch_i)) / sqrt(var(patch_i) + 1e-6) with norm_pix_loss, else patch_i
 
-Shapes: B images, N patches (no cls), V visible, D and E width of encoder and decoder, P = 3 p^2 values per patch.
+Shapes: B images, N patches (no cls), V visible, D, E width of encoder, decoder, P = 3 p^2 values per patch.
 
-Deviations: the kept patches are picked before they are embedded, not after (the same numbers, less work); the k-NN
-monitor reads the mean of the patch tokens, for no loss ever reaches the class token of a MAE.
+Deviations: the kept patches are picked before they are embedded, not after (the same numbers, less work);
+the k-NN monitor reads the mean of the patch tokens, for no loss ever reaches the class token of a MAE.
 
     python mae.py --data shapes                             # CPU, offline, 2 minutes
     python mae.py                                           # CIFAR-10, ViT-Tiny/4, one GPU: not run yet
@@ -49,8 +50,10 @@ FLAGS = {
     "decoder_dim": "width of the decoder",
     "decoder_depth": "blocks of the decoder",
     "decoder_heads": "attention heads of the decoder",
-    "sampling": ("which patches are hidden: at random, in blocks, or all but one of every 2 x 2", ("random", "block", "grid")),
-    "encoder_sees_mask": "ablation: the encoder reads mask tokens at the hidden places, too (slower and worse)",
+    "sampling": ("which patches are hidden: at random, in blocks, or all but one of every 2 x 2",
+                 ("random", "block", "grid")),
+    "encoder_sees_mask": "ablation: the encoder reads mask tokens at the hidden places, too "
+                         "(slower and worse)",
     "aug": ("random crops of random size, of fixed size, with colour jitter, or whole images",
             ("crop", "crop_fixed", "crop_jitter", "none")),
 }
@@ -72,13 +75,14 @@ def unpatchify(patches, p):
 
 
 def sampling_noise(sampling, B, grid, num_keep, device):
-    """Noise (B, N) whose num_keep smallest places are the patches to keep: at random, around blocks, or on a grid."""
+    """Noise (B, N) whose num_keep smallest places are kept: at random, around blocks, or on a grid."""
     noise = torch.rand(B, grid * grid, device=device)
     if sampling == "block":
-        return noise + data.blockwise_mask(B, grid, grid * grid - num_keep, max(1, grid * grid // 12), device=device)
+        return noise + data.blockwise_mask(B, grid, grid * grid - num_keep, max(1, grid * grid // 12),
+                                           device=device)
     if sampling == "grid":
         line = torch.arange(grid, device=device) % 2
-        return noise + (line[:, None] + line).flatten()         # the patches of even rows and columns come first
+        return noise + (line[:, None] + line).flatten()  # the patches of even rows and columns come first
     return noise
 
 
@@ -100,7 +104,7 @@ def take(x, ids):
 
 
 def pixel_targets(imgs, p, norm_pix_loss):
-    """What the decoder has to predict, (B, N, P), in float32. Variance: unbiased, of all values of a patch together."""
+    """The decoder's targets, (B, N, P), in float32. Variance: unbiased, of all values of a patch together."""
     target = patchify(imgs.float(), p)
     if norm_pix_loss:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -110,8 +114,8 @@ def pixel_targets(imgs, p, norm_pix_loss):
 class MAE(nn.Module):
     """Encoder (a ViT), decoder and loss."""
 
-    def __init__(self, encoder, decoder_dim=512, decoder_depth=8, decoder_heads=16, mask_ratio=0.75, norm_pix_loss=True,
-                 sampling="random", encoder_sees_mask=False):
+    def __init__(self, encoder, decoder_dim=512, decoder_depth=8, decoder_heads=16, mask_ratio=0.75,
+                 norm_pix_loss=True, sampling="random", encoder_sees_mask=False):
         super().__init__()
         self.mask_ratio, self.norm_pix_loss, self.sampling = mask_ratio, norm_pix_loss, sampling
         self.encoder_sees_mask = encoder_sees_mask
@@ -129,16 +133,17 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward_encoder(self, imgs, noise=None):
-        """(B, 3, H, W) -> latent (B, 1 + V, D), mask (B, N), ids_restore (B, N). noise (B, N): given by tests."""
+        """(B, 3, H, W) -> latent (B, 1 + V, D), mask (B, N), ids_restore (B, N). noise (B, N): for tests."""
         encoder, N = self.encoder, self.grid ** 2
         num_keep = int(N * (1 - self.mask_ratio))
         if noise is None:
             noise = sampling_noise(self.sampling, len(imgs), self.grid, num_keep, imgs.device)
         ids_keep, ids_restore, mask = random_masking(noise, num_keep)
-        patches, pos = encoder.patch_embed.patches(imgs), encoder.pos_embed                 # (B, N, P), (1, 1 + N, D)
+        patches, pos = encoder.patch_embed.patches(imgs), encoder.pos_embed  # (B, N, P), (1, 1 + N, D)
         if self.encoder_sees_mask:
-            x = torch.where(mask[:, :, None] > 0, self.mask_token.to(imgs.dtype), encoder.patch_embed.embed(patches))
-            x = x + pos[:, 1:]                                                              # (B, N, D): V = N here
+            x = torch.where(mask[:, :, None] > 0, self.mask_token.to(imgs.dtype),
+                            encoder.patch_embed.embed(patches))
+            x = x + pos[:, 1:]  # (B, N, D): V = N here
         else:
             x = encoder.patch_embed.embed(take(patches, ids_keep)) + pos[0, 1:][ids_keep]   # (B, V, D)
         cls_token = (encoder.cls_token + pos[:, :1]).expand(len(x), -1, -1)
@@ -152,7 +157,7 @@ class MAE(nn.Module):
         x = self.decoder_embed(latent)                                                      # (B, 1 + V, E)
         if not self.encoder_sees_mask:
             hidden = self.mask_token.to(x.dtype).expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
-            patches = take(torch.cat([x[:, 1:], hidden], 1), ids_restore)                   # (B, N, E) in raster order
+            patches = take(torch.cat([x[:, 1:], hidden], 1), ids_restore)  # (B, N, E) in raster order
             x = torch.cat([x[:, :1], patches], 1)                                           # (B, 1 + N, E)
         x = x + self.decoder_pos_embed
         for block in self.decoder_blocks:
@@ -162,7 +167,7 @@ class MAE(nn.Module):
     def forward_loss(self, imgs, pred, mask):
         target = pixel_targets(imgs, self.patch_size, self.norm_pix_loss)
         loss = (pred.float() - target).square().mean(-1)                                    # (B, N)
-        return (loss * mask).sum() / mask.sum()                                             # hidden patches only
+        return (loss * mask).sum() / mask.sum()  # hidden patches only
 
     def forward(self, imgs, noise=None):
         """(B, 3, H, W) -> loss, pred (B, N, P), mask (B, N)"""
@@ -192,7 +197,7 @@ def pictures(model, imgs, source, path):
     loss, pred, mask = model(imgs, noise)
     model.train()
     p, note = model.patch_size, ""
-    if model.norm_pix_loss:                                     # the prediction has no brightness and contrast of its own
+    if model.norm_pix_loss:  # the prediction has no brightness and contrast of its own
         patches = patchify(imgs, p)
         pred = pred * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
         note = "; brightness and contrast of each predicted patch are the true ones (norm_pix_loss)"
@@ -207,33 +212,37 @@ def main():
     args = data.parse_args(__doc__, RECIPES, FLAGS)
     grid = args.img_size // args.patch_size
     if args.sampling == "grid" and (args.mask_ratio != 0.75 or grid % 2):
-        data.stop(f"--sampling grid hides three of every 2 x 2 patches: it needs --mask_ratio 0.75 and an even grid, "
-                  f"not {args.mask_ratio} and {grid} x {grid}")
+        data.stop(f"--sampling grid hides three of every 2 x 2 patches: it needs --mask_ratio 0.75 and "
+                  f"an even grid, not {args.mask_ratio} and {grid} x {grid}")
     if not 1 <= int(grid ** 2 * (1 - args.mask_ratio)) < grid ** 2:
-        data.stop(f"--mask_ratio {args.mask_ratio} hides all or none of the {grid ** 2} patches: use a value like 0.75")
+        data.stop(f"--mask_ratio {args.mask_ratio} hides all or none of the {grid ** 2} patches: "
+                  f"use a value like 0.75")
     device = data.setup(args)
     train_set, val_set = data.load_sets(args)
     view = {"none": data.View(args.img_size),
             "crop_fixed": data.View(args.img_size, scale=(0.77, 0.77), ratio=(1, 1), flip=0.5),
             "crop": data.View(args.img_size, scale=(0.2, 1.0), flip=0.5),
-            "crop_jitter": data.View(args.img_size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1))}[args.aug]
+            "crop_jitter": data.View(args.img_size, scale=(0.2, 1.0), flip=0.5,
+                                     jitter=(0.4, 0.4, 0.4, 0.1))}[args.aug]
     loader = data.Loader(args, train_set, [view])
 
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="sincos")
-    model = MAE(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads, args.mask_ratio, args.norm_pix_loss,
-                args.sampling, args.encoder_sees_mask).to(device)
+    model = MAE(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads, args.mask_ratio,
+                args.norm_pix_loss, args.sampling, args.encoder_sees_mask).to(device)
     net = data.wrap(model, args)
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr, betas=(0.9, 0.95),
-                                  fused="mps" not in args.device)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
+                                  betas=(0.9, 0.95), fused="mps" not in args.device)
     scaler = data.make_scaler(args)
     start = data.load_checkpoint(args, model=model, optimizer=optimizer, scaler=scaler)
-    trivial = "1.0 (the mean of every patch)" if args.norm_pix_loss else "the variance of the normalised pixels, about 1"
+    trivial = ("1.0 (the mean of every patch)" if args.norm_pix_loss
+               else "the variance of the normalised pixels, about 1")
     data.describe(args, model, loader, trivial)
     log = data.Log(args, loader, start)
 
     def evaluate(step):
         log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
-        pictures(model, data.some_images(args, val_set), val_set, Path(args.output_dir, "pictures", f"{step:06d}.png"))
+        pictures(model, data.some_images(args, val_set), val_set,
+                 Path(args.output_dir, "pictures", f"{step:06d}.png"))
 
     if start == 0:
         evaluate(0)

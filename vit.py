@@ -1,24 +1,30 @@
-"""An Image is Worth 16x16 Words (Dosovitskiy et al., 2020), arXiv:2010.11929: the backbone, and the judge of the others.
+"""An Image is Worth 16x16 Words (Dosovitskiy et al., 2020), arXiv:2010.11929: the backbone and the judge.
 
-Cut an image into patches, give each a linear embedding and a position, put a learned class token in front, and let a
-Transformer encoder read the sequence. The class token (or the mean of the patches) goes to a linear classifier.
+Cut an image into patches, give each a linear embedding and a position, put a learned class token in front,
+and let a Transformer encoder read the sequence. The class token (or the mean of the patches) goes to a
+linear classifier.
 
-    x_0 = [cls; patches E] + pos       x'_l = x_l + MSA(LN(x_l))       x_{l+1} = x'_l + MLP(LN(x'_l))       logits = W LN(x_L)[0]
-    L = -sum_k target_k log softmax(logits)_k           target: the label, smoothed by --smoothing, mixed by mixup or cutmix
+    x_0 = [cls; patches E] + pos      x'_l = x_l + MSA(LN(x_l))      x_{l+1} = x'_l + MLP(LN(x'_l))
+    logits = W LN(x_L)[0]             L = -sum_k target_k log softmax(logits)_k
+    target: the label, smoothed by --smoothing, mixed by mixup or cutmix
 
 Shapes: B images, g x g = N patches (no cls), D width, H heads, K classes.
 
-`ViT` is the encoder of all seven methods. Run as a script this file trains it with labels (the supervised baseline), and
-with --init FILE it judges an encoder: our encoder.pt, or a file of MAE, DINO, DeiT or timm.
+`ViT` is the encoder of all seven methods. Run as a script this file trains it with labels (the supervised
+baseline), and with --init FILE it judges an encoder: our encoder.pt, or a file of MAE, DINO, DeiT or timm.
 
-    train      supervised, from scratch             linear     frozen encoder, BatchNorm + linear layer (MAE, A.1), on the class
-    finetune   all weights, from --init FILE                   token and on the mean of the patches, learning rates side by side
-    knn        frozen encoder, weighted vote        attentive  frozen encoder, one learned query attends to its tokens (CAE, 4.1)
+    train      supervised, from scratch
+    finetune   all weights, from --init FILE
+    linear     frozen encoder, BatchNorm + linear layer (MAE, A.1), on the class token and on the mean of
+               the patches, learning rates side by side
+    attentive  frozen encoder, one learned query attends to its tokens (CAE, 4.1)
+    knn        frozen encoder, weighted vote
 
 Without --init, the probes (linear, attentive, knn) give the random-encoder row that belongs into every table.
 
-Deviations: positions and class token are not decayed (timm's rule); mean pooling by default (MAE's and BEiT's fine-tuning);
-the linear probe picks its learning rate by accuracy on the training images, so that the test images choose nothing.
+Deviations: positions and class token are not decayed (timm's rule); mean pooling by default (MAE's and
+BEiT's fine-tuning); the linear probe picks its learning rate by accuracy on the training images, so that
+the test images choose nothing.
 
     python vit.py --data shapes --epochs 5                                      # CPU, offline, 1 minute
     python vit.py --mode linear --init out/mae-cifar10/encoder.pt               # judge an encoder, one GPU
@@ -103,20 +109,23 @@ RECIPES = {
         "batch_size":    (256, 512, 512, 512, 8192),
         "epochs":        (10, 90, 90, 90, 90),
         "warmup_epochs": (1.0, 10.0, 10.0, 10.0, 10.0),
-        "blrs":          ("0.01,0.03,0.1", "0.01,0.03,0.1", "0.01,0.03,0.1", "0.01,0.03,0.1", "0.00625,0.0125,0.025"),
+        "blrs":          ("0.01,0.03,0.1", "0.01,0.03,0.1", "0.01,0.03,0.1", "0.01,0.03,0.1",
+                          "0.00625,0.0125,0.025"),
     },
     "knn": SHARED,
 }
 FLAGS = {
     "mode": ("what to do", tuple(RECIPES)),
-    "init": "the encoder to start from or to judge: encoder.pt of any method, or a MAE, DINO, DeiT or timm file",
+    "init": "the encoder to start from or to judge: "
+            "encoder.pt of any method, or a MAE, DINO, DeiT or timm file",
     "label_fraction": "share of the training labels to use, the same of every class",
-    "pool": ("what the classifier reads: the class token after `norm`, or the mean of the patches and `fc_norm`",
-             ("cls", "mean")),
+    "pool": ("what the classifier reads: the class token after `norm`, "
+             "or the mean of the patches and `fc_norm`", ("cls", "mean")),
     "pos": ("absolute positions", ("learned", "sincos", "none")),
     "rel_pos": ("relative position bias, one table for all blocks or one each", ("none", "shared", "block")),
     "layer_scale": "first value of the layer scale; 0: without",
-    "stem": ("patches by one linear layer, or by a small convolutional net (the paper's hybrid)", ("patch", "conv")),
+    "stem": ("patches by one linear layer, or by a small convolutional net (the paper's hybrid)",
+             ("patch", "conv")),
     "beta2": "AdamW's second beta",
     "crop_scale": "smallest area of the random crop, as a share of the image",
     "rand_augment": "magnitude of RandAugment; 0: off",
@@ -134,10 +143,10 @@ FLAGS = {
 
 
 def sincos_pos_embed(embed_dim, grid, cls_token=True):
-    """Fixed 2-D sine-cosine positions (MAE): the first half of the width encodes the column, the second half the row.
+    """Fixed 2-D sine-cosine positions (MAE): first half of the width for the column, second for the row.
 
     w_k = 10000^(-k / (D/4)); each half is [sin(x w_0), ..., cos(x w_0), ...]; the class token's row is zero.
-    -> (1, 1 + grid * grid, embed_dim) float32, without the first row if cls_token is False. embed_dim % 4 must be 0.
+    -> (1, 1 + grid * grid, embed_dim) float32, the first row only with cls_token. embed_dim % 4 must be 0.
     """
     assert embed_dim % 4 == 0, f"embed_dim {embed_dim} is not divisible by 4"
     frequency = 10000.0 ** (-torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))
@@ -149,7 +158,7 @@ def sincos_pos_embed(embed_dim, grid, cls_token=True):
 
 
 def interpolate_pos_embed(pos_embed, grid):
-    """Bicubic interpolation of (1, 1 + s*s, D) positions to (1, 1 + grid*grid, D); the class token's stays."""
+    """Bicubic interpolation of (1, 1 + s*s, D) positions to (1, 1 + grid*grid, D); the class token stays."""
     old = math.isqrt(pos_embed.shape[1] - 1)
     if old == grid:
         return pos_embed
@@ -162,8 +171,8 @@ def interpolate_pos_embed(pos_embed, grid):
 def relative_position_index(grid):
     """Row of the bias table for each pair of tokens [cls, patches in raster order] (BEiT). -> (1+N, 1+N) long
 
-    Query i, key j: (row_i - row_j + g - 1) * (2g - 1) + (col_i - col_j + g - 1); the last three rows of the table, of
-    (2g - 1)^2 + 3, stand for cls -> patch, patch -> cls and cls -> cls.
+    Query i, key j: (row_i - row_j + g - 1) * (2g - 1) + (col_i - col_j + g - 1); the last three rows of the
+    table, of (2g - 1)^2 + 3, stand for cls -> patch, patch -> cls and cls -> cls.
     """
     place = torch.arange(grid)
     rows, cols = place.repeat_interleave(grid), place.repeat(grid)                          # (N,)
@@ -175,15 +184,16 @@ def relative_position_index(grid):
 
 
 def interpolate_rel_pos(table, grid):
-    """A relative position bias table ((2s-1)^2 + 3, H) for another grid: ((2*grid-1)^2 + 3, H), as BEiT does it.
+    """A relative position bias table ((2s-1)^2 + 3, H) for another grid, ((2*grid-1)^2 + 3, H), as in BEiT.
 
-    The old distances are spread geometrically, dense in the middle, so that they cover the new range; a not-a-knot
-    cubic spline through them is read off at the new distances, in both directions. The last three rows stay.
+    The old distances are spread geometrically, dense in the middle, so that they cover the new range; a
+    not-a-knot cubic spline through them is read off at the new distances, in both directions. The last
+    three rows stay.
     """
     old, new = math.isqrt(len(table) - 3), 2 * grid - 1
     if old == new:
         return table
-    low, high = 1.01, 1.5                                       # bisect for the ratio q of the geometric series
+    low, high = 1.01, 1.5  # bisect for the ratio q of the geometric series
     while high - low > 1e-6:
         q = (low + high) / 2
         low, high = (low, q) if sum(q ** i for i in range(old // 2)) > new // 2 else (q, high)
@@ -197,13 +207,13 @@ def interpolate_rel_pos(table, grid):
 
 
 def spline_matrix(knots, places):
-    """The matrix (len(places), len(knots)) that reads a not-a-knot cubic spline through values at `knots` at `places`."""
+    """The matrix (len(places), len(knots)) that reads a not-a-knot cubic spline over `knots` at `places`."""
     n, h = len(knots), np.diff(knots)
-    system, right = np.zeros((n, n)), np.zeros((n, n))          # system @ (second derivatives) = right @ values
+    system, right = np.zeros((n, n)), np.zeros((n, n))  # system @ (second derivatives) = right @ values
     for i in range(1, n - 1):
         system[i, i - 1:i + 2] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
         right[i, i - 1:i + 2] = 6 / h[i - 1], -6 / h[i - 1] - 6 / h[i], 6 / h[i]
-    system[0, :3] = h[1], -h[0] - h[1], h[0]                    # equal third derivatives left and right of a knot
+    system[0, :3] = h[1], -h[0] - h[1], h[0]  # equal third derivatives left and right of a knot
     system[-1, -3:] = h[-1], -h[-2] - h[-1], h[-2]
     curve = np.linalg.solve(system, right)                      # (n, n): values -> second derivatives
     i = np.clip(np.searchsorted(knots, places, side="right") - 1, 0, n - 2)
@@ -218,16 +228,18 @@ def spline_matrix(knots, places):
 class PatchEmbed(nn.Module):
     """Images (B, 3, H, W) -> patch embeddings (B, N, D) in raster order.
 
-    `proj` is a convolution whose stride is its kernel, computed as what it is: a linear layer on flattened patches. MAE
-    calls `patches` and `embed` apart, to embed the visible patches only.
+    `proj` is a convolution whose stride is its kernel, computed as what it is: a linear layer on flattened
+    patches. MAE calls `patches` and `embed` apart, to embed the visible patches only.
     """
 
     def __init__(self, patch_size, embed_dim, stem="patch"):
         super().__init__()
         self.patch_size, self.stem = patch_size, None
-        if stem == "conv":                                      # stride-2 convolutions down to one pixel a patch
-            assert patch_size & (patch_size - 1) == 0, f"--stem conv needs a power of two as --patch_size, not {patch_size}"
-            widths = [3] + [max(32, embed_dim * 2 ** i // patch_size) for i in range(1, patch_size.bit_length())]
+        if stem == "conv":  # stride-2 convolutions down to one pixel a patch
+            assert patch_size & (patch_size - 1) == 0, (
+                f"--stem conv needs a power of two as --patch_size, not {patch_size}")
+            widths = [3] + [max(32, embed_dim * 2 ** i // patch_size)
+                            for i in range(1, patch_size.bit_length())]
             self.stem = nn.Sequential(*[layer for a, b in zip(widths, widths[1:]) for layer in (
                 nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.GroupNorm(1, b), nn.GELU())])
             self.proj = nn.Conv2d(widths[-1], embed_dim, 1)
@@ -235,7 +247,7 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
 
     def patches(self, imgs):
-        """(B, 3, H, W) -> (B, N, 3 * p * p), each patch flattened channel first, as the weight of `proj` is."""
+        """(B, 3, H, W) -> (B, N, 3 * p * p), each patch flattened channel first, as the weight of `proj`."""
         return F.pixel_unshuffle(imgs, self.patch_size).flatten(2).transpose(1, 2)
 
     def embed(self, patches):
@@ -248,7 +260,7 @@ class PatchEmbed(nn.Module):
 
 
 class RelPosBias(nn.Module):
-    """A table of attention biases by relative position, gathered for all pairs of tokens. () -> (1, H, 1+N, 1+N)"""
+    """A table of attention biases by relative position, gathered for token pairs. () -> (1, H, 1+N, 1+N)"""
 
     def __init__(self, grid, num_heads):
         super().__init__()
@@ -260,7 +272,7 @@ class RelPosBias(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, softmax(q k^T / sqrt(d) + bias) v; qkv holds q, then k, then v, each head by head."""
+    """Multi-head self-attention, softmax(q k^T / sqrt(d) + bias) v; qkv holds q, k, v, each head by head."""
 
     def __init__(self, dim, num_heads, qkv_bias=True):
         super().__init__()
@@ -270,7 +282,7 @@ class Attention(nn.Module):
 
     def forward(self, x, bias=None):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)      # (B, H, N, d) each
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -285,15 +297,16 @@ class Mlp(nn.Module):
 
 
 def drop_path(x, rate):
-    """Stochastic depth (arXiv:1603.09382): drop the residual branch of an image with probability `rate`, scale the rest."""
+    """Stochastic depth (arXiv:1603.09382): drop an image's branch with probability `rate`, scale the rest."""
     keep = torch.rand(len(x), 1, 1, device=x.device) >= rate
     return x * keep.to(x.dtype) / (1 - rate)
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block, x + g1 Attn(LN(x)), then x + g2 MLP(LN(x)); g1, g2: layer scale, if it is not 0."""
+    """Pre-norm Transformer block, x + g1 Attn(LN(x)), then x + g2 MLP(LN(x)); g1, g2: layer scale or 1."""
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, layer_scale=0.0, qkv_bias=True, rel_pos_grid=0):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, layer_scale=0.0, qkv_bias=True,
+                 rel_pos_grid=0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, qkv_bias)
@@ -326,15 +339,17 @@ SIZES = {
 
 
 class ViT(nn.Module):
-    """Vision Transformer under timm's parameter names. Its parts are seams for the other methods: `patch_embed`,
-    `cls_token`, `pos_embed`, `blocks`, `norm`.
+    """Vision Transformer under timm's parameter names. Its parts are seams for the other methods:
+    `patch_embed`, `cls_token`, `pos_embed`, `blocks`, `norm`.
 
-    pool "cls": `norm` after the last block, classify the class token. pool "mean": no `norm`, classify `fc_norm` of the
-    mean of the patches. num_classes 0: no head. pos "sincos" is fixed: it does not train unless requires_grad is set.
+    pool "cls": `norm` after the last block, classify the class token. pool "mean": no `norm`, classify
+    `fc_norm` of the mean of the patches. num_classes 0: no head. pos "sincos" is fixed: it does not train
+    unless requires_grad is set.
     """
 
-    def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, num_classes=0,
-                 pool="cls", pos="learned", rel_pos="none", layer_scale=0.0, drop_path=0.0, qkv_bias=True, stem="patch"):
+    def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
+                 num_classes=0, pool="cls", pos="learned", rel_pos="none", layer_scale=0.0, drop_path=0.0,
+                 qkv_bias=True, stem="patch"):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         grid = img_size // patch_size
@@ -346,8 +361,8 @@ class ViT(nn.Module):
         self.rel_pos_bias = RelPosBias(grid, num_heads) if rel_pos == "shared" else None
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, rates[i], layer_scale, qkv_bias, grid if rel_pos == "block" else 0)
-            for i in range(depth))
+            Block(embed_dim, num_heads, mlp_ratio, rates[i], layer_scale, qkv_bias,
+                  grid if rel_pos == "block" else 0) for i in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6) if pool == "cls" else nn.Identity()
         self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6) if pool == "mean" else nn.Identity()
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -389,7 +404,7 @@ def init_weights(module):
 
 
 def cosine_lr(epoch, args):
-    """Learning rate after `epoch` (fractional) epochs: linear from 0 over warmup_epochs, then half a cosine to min_lr."""
+    """Learning rate at a fractional `epoch`: linear from 0 over warmup_epochs, half a cosine to min_lr."""
     if epoch < args.warmup_epochs:
         return args.lr * epoch / args.warmup_epochs
     done = (epoch - args.warmup_epochs) / max(1e-8, args.epochs - args.warmup_epochs)
@@ -405,7 +420,7 @@ def set_lr(optimizer, lr):
 def param_groups(model, weight_decay, layer_decay=1.0, no_decay=("cls_token", "pos_embed")):
     """Groups for AdamW. No decay for biases, norms and all else that is 1-D, nor for the names in `no_decay`.
 
-    With layer_decay d a group has lr_scale d^(depth + 1 - id), id 0: embeddings, i + 1: block i, depth + 1: the rest.
+    With layer_decay d, lr_scale is d^(depth + 1 - id), id 0: embeddings, i + 1: block i, depth + 1: the rest.
     Parameters that do not train are in no group.
     """
     depth, groups = len(model.blocks) if layer_decay != 1.0 else 0, {}
@@ -416,7 +431,8 @@ def param_groups(model, weight_decay, layer_decay=1.0, no_decay=("cls_token", "p
             layer = 0
         else:
             layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1
-        decay = 0.0 if p.ndim <= 1 or name.endswith(".bias") or name.split(".")[-1] in no_decay else weight_decay
+        decay = (0.0 if p.ndim <= 1 or name.endswith(".bias") or name.split(".")[-1] in no_decay
+                 else weight_decay)
         scale = layer_decay ** (depth + 1 - layer)
         group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(p)
@@ -424,7 +440,7 @@ def param_groups(model, weight_decay, layer_decay=1.0, no_decay=("cls_token", "p
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose steps on matrices have the size of the matrix (You et al., 2017, arXiv:1708.03888).
+    """SGD with momentum whose steps on matrices have the matrix's size (You et al., 2017, arXiv:1708.03888).
 
     Matrices: g <- trust * |p| / |g| * g. Then m <- momentum * m + g and p <- p - lr * m.
     """
@@ -448,12 +464,13 @@ class LARS(torch.optim.Optimizer):
 
 
 def read_encoder(path):
-    """Read an encoder file: ours, or one of MAE, DINO, DeiT or timm. -> state dict, ViT arguments, pixel mean and std
+    """Read an encoder file: ours, MAE's, DINO's, DeiT's, timm's. -> state dict, ViT arguments, mean and std
 
-    Wrappers (model, module, state_dict, teacher) and prefixes are removed. Raises: exits with one sentence if the file
-    is damaged, or holds names that no ViT has; decoders, projection heads and mask tokens are known and left out.
+    Wrappers (model, module, state_dict, teacher) and prefixes are removed. Raises: exits with one sentence
+    if the file is damaged, or holds names that no ViT has; decoders, projection heads and mask tokens are
+    known and left out.
     """
-    with torch.serialization.safe_globals([argparse.Namespace]):                            # official files hold their flags
+    with torch.serialization.safe_globals([argparse.Namespace]):  # official files hold their flags
         content = data.load_file(path)
     if isinstance(content, dict) and "config" in content:
         return content["model"], content["config"], content["mean"], content["std"]
@@ -462,15 +479,17 @@ def read_encoder(path):
             content = content[key]
     state = {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in content.items()}
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
-        data.stop(f"{path} is no Vision Transformer that is known here: it has no patch_embed.proj.weight or no pos_embed")
+        data.stop(f"{path} is no Vision Transformer that is known here: "
+                  f"it has no patch_embed.proj.weight or no pos_embed")
     other = r"(decoder|mask_token$|pre_logits\.|head\.(mlp|last_layer))"
     state = {name: value for name, value in state.items() if not re.match(other, name)}
     embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     fitting = [size for size in SIZES.values() if (size["embed_dim"], size["depth"]) == (embed_dim, depth)]
     if not fitting:
-        data.stop(f"{path} is {embed_dim} wide and {depth} deep: its number of heads is not known; known sizes: "
-                  + ", ".join(f"{name} {s['embed_dim']} x {s['depth']}" for name, s in SIZES.items()))
+        data.stop(f"{path} is {embed_dim} wide and {depth} deep: its number of heads is not known; "
+                  "known sizes: " + ", ".join(f"{name} {s['embed_dim']} x {s['depth']}"
+                                              for name, s in SIZES.items()))
     config = fitting[0] | {"patch_size": patch_size, "qkv_bias": "blocks.0.attn.qkv.bias" in state,
                            "img_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
                            "pool": "mean" if "fc_norm.weight" in state else "cls"}
@@ -478,8 +497,9 @@ def read_encoder(path):
 
 
 def load_weights(model, state, path):
-    """Load an encoder's weights: positions are interpolated, and what is missing or left over must be what changes
-    between pre-training and judging (head, final norms); anything else ends with a sentence that names it.
+    """Load an encoder's weights: positions are interpolated, and what is missing or left over must be what
+    changes between pre-training and judging (head, final norms); anything else ends with a sentence that
+    names it.
     """
     wanted, state = model.state_dict(), dict(state)
     grid = model.config["img_size"] // model.config["patch_size"]
@@ -487,31 +507,35 @@ def load_weights(model, state, path):
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid)
     for name in [name for name in state if name.endswith("relative_position_bias_table")]:
         state[name] = interpolate_rel_pos(state[name], grid)
-    if "head.weight" in wanted and "head.weight" in state and state["head.weight"].shape != wanted["head.weight"].shape:
+    if ("head.weight" in wanted and "head.weight" in state
+            and state["head.weight"].shape != wanted["head.weight"].shape):
         del state["head.weight"], state["head.bias"]
     may_differ = ("head.", "norm.", "fc_norm.")
     for name in sorted(set(state) ^ set(wanted)):
         if not name.startswith(may_differ):
-            data.stop(f"{path} does not fit: {name} is {'unknown to' if name in state else 'missing for'} this model")
+            data.stop(f"{path} does not fit: "
+                      f"{name} is {'unknown to' if name in state else 'missing for'} this model")
     state = {name: value for name, value in state.items() if name in wanted}
     data.compare_tensors(path, state, {name: value for name, value in wanted.items() if name in state})
     model.load_state_dict(state, strict=False)
 
 
 def build(args, num_classes, pool):
-    """The ViT to train or to judge: from --init FILE, or new. -> model, (mean, std) of the file's pixels or None"""
+    """The ViT to train or judge: from --init FILE, or new. -> model, (mean, std) of its pixels or None"""
     options = dict(num_classes=num_classes, pool=pool, img_size=args.img_size)
     if not args.init:
-        options |= SIZES[args.model] | dict(pos=args.pos, rel_pos=args.rel_pos, layer_scale=args.layer_scale, stem=args.stem)
+        options |= SIZES[args.model] | dict(pos=args.pos, rel_pos=args.rel_pos,
+                                            layer_scale=args.layer_scale, stem=args.stem)
         return ViT(**options, patch_size=args.patch_size, drop_path=getattr(args, "drop_path", 0.0)), None
     state, config, mean, std = read_encoder(args.init)
     args.patch_size = config["patch_size"]
     args.model = next((name for name, size in SIZES.items() if size.items() <= config.items()), "file")
     data.check_args(args)
-    if args.mode == "finetune" and config.get("rel_pos") == "shared":                       # every block gets its own copy
+    if args.mode == "finetune" and config.get("rel_pos") == "shared":  # every block gets its own copy
         config["rel_pos"], table = "block", state.pop("rel_pos_bias.relative_position_bias_table")
-        state |= {f"blocks.{i}.rel_pos_bias.relative_position_bias_table": table for i in range(config["depth"])}
-    if args.mode != "finetune":                                 # the probes read what the file's own final norm gives
+        state |= {f"blocks.{i}.rel_pos_bias.relative_position_bias_table": table
+                  for i in range(config["depth"])}
+    if args.mode != "finetune":  # the probes read what the file's own final norm gives
         options["pool"] = config.get("pool", "cls")
     model = ViT(**config | options | dict(drop_path=getattr(args, "drop_path", 0.0)))
     load_weights(model, state, args.init)
@@ -525,7 +549,8 @@ def label_subset(source, fraction):
     """The same share of every class, at least one image of each; the same images for every seed."""
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
     labels = source.labels.cpu()[order]
-    chosen = [order[labels == k][:max(1, round(fraction * int((labels == k).sum())))] for k in labels.unique()]
+    chosen = [order[labels == k][:max(1, round(fraction * int((labels == k).sum())))]
+              for k in labels.unique()]
     return source.subset(torch.cat(chosen))
 
 
@@ -538,7 +563,7 @@ def supervised(args, train_set, val_set, model):
                      erase=args.erase)
     loader = data.Loader(args, train_set, [view])
     if model.pos_embed is not None:
-        model.pos_embed.requires_grad_(True)                    # sin-cos positions are a start, not a rule, here
+        model.pos_embed.requires_grad_(True)  # sin-cos positions are a start, not a rule, here
     net = data.wrap(model, args)
     ema = copy.deepcopy(model) if args.ema else model
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, args.layer_decay), lr=args.lr,
@@ -598,7 +623,8 @@ def evaluate(args, model, val_set):
         with data.autocast(args):
             logits = model(imgs)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        sums += torch.stack([(logits.argmax(-1) == labels).sum(), loss, torch.tensor(len(labels), device=args.device)])
+        sums += torch.stack([(logits.argmax(-1) == labels).sum(), loss,
+                             torch.tensor(len(labels), device=args.device)])
     model.train()
     right, loss, seen = data.all_sum(sums).tolist()
     return {"accuracy": right / seen * 100, "val_loss": loss / seen}
@@ -608,7 +634,7 @@ def evaluate(args, model, val_set):
 
 
 class LinearProbe(nn.Module):
-    """BatchNorm without affine parameters, then a linear layer, on the class token or on the mean of the patches."""
+    """BatchNorm without affine parameters, then a linear layer, on class token or mean of the patches."""
 
     def __init__(self, embed_dim, num_classes, feature):
         super().__init__()
@@ -624,9 +650,9 @@ class LinearProbe(nn.Module):
 
 
 class AttentiveProbe(nn.Module):
-    """One learned query reads all tokens by cross-attention; BatchNorm and a linear layer follow (CAE, arXiv:2202.03026).
+    """A learned query reads all tokens by cross-attention, then BatchNorm and linear (CAE, arXiv:2202.03026).
 
-    out = Attn(q = LN(query), k = LN(x), v = LN(x)), each with its own LayerNorm; no residual, no MLP, no bias on k.
+    out = Attn(q = LN(query), k = LN(x), v = LN(x)), each with its own LayerNorm; no residual, MLP or k bias.
     """
 
     def __init__(self, embed_dim, num_classes, num_heads):
@@ -646,8 +672,8 @@ class AttentiveProbe(nn.Module):
         """(B, n, D) -> (B, D)"""
         B, _, D = tokens.shape
         q, k, v = self.q(self.norm_q(self.query)), self.k(self.norm_k(tokens)), self.v(self.norm_v(tokens))
-        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))         # (B, H, n, d)
-        x = F.scaled_dot_product_attention(q.expand(B, -1, -1, -1), k, v)                           # (B, H, 1, d)
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, n, d)
+        x = F.scaled_dot_product_attention(q.expand(B, -1, -1, -1), k, v)  # (B, H, 1, d)
         return self.proj(x.transpose(1, 2).reshape(B, D))
 
     def forward(self, tokens):
@@ -656,20 +682,20 @@ class AttentiveProbe(nn.Module):
 
 
 class Probes(nn.ModuleDict):
-    """Probes for every feature and base learning rate, trained side by side: tokens (B, 1 + N, D) -> (P, B, K)."""
+    """Probes for every feature and base learning rate, side by side: tokens (B, 1 + N, D) -> (P, B, K)."""
 
     def forward(self, tokens):
         return torch.stack([head(tokens) for head in self.values()])
 
 
 def make_probes(args, encoder, num_classes):
-    """-> Probes, optimiser with one learning rate a probe. A probe is called "<feature> <base learning rate>"."""
+    """-> Probes, optimiser with one learning rate a probe. Names: "<feature> <base learning rate>"."""
     D, heads, groups = encoder.config["embed_dim"], {}, []
     for blr in args.blrs.split(","):
         for feature in ("cls", "mean") if args.mode == "linear" else ("attentive",):
             head = LinearProbe(D, num_classes, feature) if args.mode == "linear" else \
                 AttentiveProbe(D, num_classes, encoder.config["num_heads"])
-            heads[f"{feature} {blr}".replace(".", "_")] = head                              # no dots in module names
+            heads[f"{feature} {blr}".replace(".", "_")] = head  # no dots in module names
             groups.append({"params": list(head.parameters()), "lr_scale": float(blr)})
     if args.mode == "linear":
         return Probes(heads), LARS(groups)
@@ -717,8 +743,9 @@ def probe(args, train_set, val_set, encoder):
 
 @torch.no_grad()
 def judge_probes(args, encoder, model, right, val_set):
-    """Accuracy in % of all probes on the validation images. For each feature the learning rate that was right most
-    often on the training images of the last epoch is the one reported: the validation images choose nothing.
+    """Accuracy in % of all probes on the validation images. For each feature the learning rate that was
+    right most often on the training images of the last epoch is the one reported: the validation images
+    choose nothing.
     """
     model.eval()
     sums = torch.zeros(len(model) + 1, device=args.device)
@@ -749,7 +776,8 @@ def knn(args, train_set, val_set, encoder):
     result = {}
     for feature, a, b in zip(("cls", "mean"), train_x.chunk(2, 1), x.chunk(2, 1)):
         guesses = data.knn_vote(a, train_y, b, (10, 20, 100, 200), len(train_set.classes))
-        result |= {f"{feature}_k{k}": (guess == y).float().mean().item() * 100 for k, guess in guesses.items()}
+        result |= {f"{feature}_k{k}": (guess == y).float().mean().item() * 100
+                   for k, guess in guesses.items()}
     pictures(args, encoder, val_set)
     return result
 
@@ -772,7 +800,7 @@ def cls_attention(model, imgs):
 
 
 def pictures(args, model, val_set):
-    """attention.png: where the class token looks, per head; positions.png: similarity of the position embeddings."""
+    """attention.png: where the class token looks, per head; positions.png: similarity of the positions."""
     folder = Path(args.output_dir) / "pictures"
     model.eval()
     imgs = data.some_images(args, val_set)
@@ -783,9 +811,10 @@ def pictures(args, model, val_set):
     if model.pos_embed is not None:
         pos = F.normalize(model.pos_embed.detach()[0, 1:].float(), dim=1)                   # (N, D)
         g = math.isqrt(len(pos))
-        maps = (pos @ pos.T).view(g, g, g, g)[::max(1, g // 7), ::max(1, g // 7)]           # at most 14 x 14 maps
+        maps = (pos @ pos.T).view(g, g, g, g)[::max(1, g // 7), ::max(1, g // 7)]  # at most 14 x 14 maps
         rows = {f"row {i * max(1, g // 7)}": row for i, row in enumerate(maps)}
-        data.save_rows(folder / "positions.png", rows, "cosine similarity of each position embedding with all others")
+        data.save_rows(folder / "positions.png", rows,
+                       "cosine similarity of each position embedding with all others")
 
 
 # ---- the script ----
@@ -810,12 +839,14 @@ def main():
         for source in (train_set, val_set):
             source.mean, source.std = stats
     model.to(args.device)
-    judge = {"train": supervised, "finetune": supervised, "linear": probe, "attentive": probe, "knn": knn}[mode]
+    judge = {"train": supervised, "finetune": supervised, "linear": probe, "attentive": probe,
+             "knn": knn}[mode]
     result = {"mode": mode, "data": args.data, "init": init or "random", "seed": args.seed,
               "label_fraction": args.label_fraction} | judge(args, train_set, val_set, model)
     if data.rank() == 0:
         (Path(args.output_dir) / "result.json").write_text(json.dumps(result, indent=1))
-        numbers = ", ".join(f"{k} {v:.2f}" for k, v in result.items() if isinstance(v, float) and k != "label_fraction")
+        numbers = ", ".join(f"{k} {v:.2f}" for k, v in result.items()
+                            if isinstance(v, float) and k != "label_fraction")
         print(f"result ({mode}, {args.data}, {init or 'random encoder'}): {numbers}", flush=True)
 
 
