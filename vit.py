@@ -359,7 +359,7 @@ class ViT(nn.Module):
         if pos != "none":
             self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, grid), requires_grad=pos == "learned")
         self.rel_pos_bias = RelPosBias(grid, num_heads) if rel_pos == "shared" else None
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, rates[i], layer_scale, qkv_bias,
                   grid if rel_pos == "block" else 0) for i in range(depth))

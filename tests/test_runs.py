@@ -1,0 +1,907 @@
+"""What a run promises: it can be killed and resumed, split over processes or parts, interrupted, and it says what is wrong.
+
+The scripts run on 208 + 41 drawn images of 8 px with a ViT of two small blocks (`shrink`), most of them in this process
+(`run`). Where a process has to die, this file is its own program (`spawn`): python test_runs.py mae.py --data shapes ...
+"""
+import contextlib
+import importlib
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import mae  # noqa: E402, F401: its import is paid here, not in the first test
+import vit  # noqa: E402
+
+TINY = "--data shapes --device cpu --img_size 8 --patch_size 4 --model micro --batch_size 20 --log_every 1 --epochs 6"
+MAE = f"mae.py {TINY} --decoder_dim 16 --decoder_depth 1 --decoder_heads 2"
+TRAIN = f"vit.py {TINY} --mode train --mixup 0.8 --drop_path 0.1 --ema 0.9"
+LINEAR = f"vit.py {TINY} --mode linear --blrs 1,10"
+SCRIPTS = {"mae": MAE, "train": TRAIN, "linear": LINEAR}
+STEPS = 60                                                      # 6 epochs of 208 // 20 steps
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+
+
+class PowerCut(BaseException):
+    """Nothing catches it, as nothing catches a power cut."""
+
+
+def shrink(patch):
+    """Few images, a small ViT and no pictures, so that a run takes less than a second."""
+    draw = data.draw_shapes
+    patch.setattr(data, "draw_shapes", lambda n, size, seed: draw(n // 24, size, seed))
+    patch.setitem(vit.SIZES, "micro", dict(embed_dim=32, depth=2, num_heads=2))
+    patch.setattr(data, "save_rows", lambda *args: None)
+    patch.setattr(data, "curves", lambda path: None)
+
+
+def main_of(command, patch):
+    """Run main() of the script that `command` names, in this process."""
+    patch.setattr(sys, "argv", shlex.split(command))
+    importlib.import_module(Path(sys.argv[0]).stem).main()
+
+
+@contextlib.contextmanager
+def guarded():
+    """One thread (as in the spawned processes), no ranks; then handlers and thread number are as they were."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in RANKS:
+            patch.delenv(name, raising=False)
+        try:
+            yield patch
+        finally:
+            torch.set_num_threads(threads)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def run(command, prepare=shrink):
+    """The script's main() in this process, on a small world; `prepare` may patch more."""
+    with guarded() as patch:
+        prepare(patch)
+        main_of(command, patch)
+
+
+def spawn(command, hit="", ranks=0):
+    """A process (or, under torchrun, several) that runs `command`; hit: "<signal> <step> <seconds>", sent to itself."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else \
+        [sys.executable]
+    env = {name: value for name, value in os.environ.items() if name not in RANKS}
+    env |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo", "TEST_HIT": hit}
+    return subprocess.run([*start, __file__, *shlex.split(command)], env=env, capture_output=True, text=True, timeout=120)
+
+
+def child():
+    """What a spawned process does: `run`, hit by a signal a little after a step; it keeps what `encode` gathered."""
+    patch = pytest.MonkeyPatch()
+    shrink(patch)
+    if hit := os.environ["TEST_HIT"].split():
+        number, at, delay = int(hit[0]), int(hit[1]), float(hit[2])
+        step = data.Log.step
+
+        def step_and_fall(log, n, **values):
+            step(log, n, **values)
+            if n + 1 == at:
+                threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+        patch.setattr(data.Log, "step", step_and_fall)
+    encode, kept = data.encode, []
+
+    def encode_and_keep(args, features, source):
+        kept.append(encode(args, features, source))
+        torch.save(kept[-1], Path(args.output_dir) / f"encoded.{data.rank()}")
+        return kept[-1]
+    patch.setattr(data, "encode", encode_and_keep)
+    main_of(shlex.join(sys.argv[1:]), patch)
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in log_of(folder) if "loss" in line}
+
+
+def same(a, b):
+    """Are two nested states equal to the last bit?"""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) and a.dtype == b.dtype if torch.is_tensor(a) else a == b
+
+
+def assert_same_run(folder, whole):
+    """Weights, optimiser, encoder and losses of two run folders are equal to the last bit; no step is logged twice."""
+    assert same(read(folder / "last.pt"), read(whole / "last.pt"))
+    if (whole / "encoder.pt").exists():
+        assert same(read(folder / "encoder.pt"), read(whole / "encoder.pt"))
+    if (whole / "result.json").exists():
+        assert (folder / "result.json").read_text() == (whole / "result.json").read_text()
+    assert losses(folder) == losses(whole)
+    steps = [(line["step"], name) for line in log_of(folder) for name in line.keys() - {"step", "epoch", "seconds"}]
+    assert len(steps) == len(set(steps)), "a step was logged twice"
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def sentence(command, capsys, status=2, prepare=shrink):
+    """The one sentence on stderr with which `command` ends. Raises: if it does not end so, with that exit status."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(command, prepare)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("epoch ")]
+    assert stopped.value.code == status and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """{name: folder of an uninterrupted run}, for every one of SCRIPTS."""
+    folders = {name: tmp_path_factory.mktemp("whole") / name for name in SCRIPTS}
+    for name, command in SCRIPTS.items():
+        run(f"{command} --output_dir {folders[name]}")
+    return folders
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test works in a folder of its own: default output folders land there."""
+    monkeypatch.chdir(tmp_path)
+
+
+# ---- the end of a process ----
+
+def test_kill_and_resume_twice_is_bitwise_the_uninterrupted_run(tmp_path, whole):
+    """kill -9 at two random moments: weights, optimiser, log and result are those of the run that nobody killed."""
+    moments = {name: [random.randint(2, 25), random.randint(26, 50)] for name in SCRIPTS}
+    delays = {name: [random.uniform(0, 0.02) for _ in range(2)] for name in SCRIPTS}
+
+    def chain(name):
+        command = f"{SCRIPTS[name]} --output_dir {tmp_path / name}"
+        for step, delay in zip(moments[name], delays[name]):
+            done = spawn(command, f"{signal.SIGKILL:d} {step} {delay}")
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            command = f"{SCRIPTS[name].split()[0]} --resume --output_dir {tmp_path / name}"  # flags from args.json
+        done = spawn(command)
+        assert done.returncode == 0, done.stderr
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(chain, SCRIPTS))
+    for name in SCRIPTS:
+        print(name, "was killed after the steps", moments[name], "and seconds", delays[name])
+        assert losses(tmp_path / name).keys() == set(range(1, STEPS + 1))
+        assert_same_run(tmp_path / name, whole[name])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_power_cut_at_every_write(name, tmp_path):
+    """Cut at each rename, and in the middle of each text file: nothing is lost, and the resumed run ends the same."""
+    command = f"{SCRIPTS[name]} --epochs 2 --batch_size 60"
+    run(f"{command} --output_dir whole")
+    replace, write_text = Path.replace, Path.write_text
+    for cut in range(1, 30):
+        writes = 0
+
+        def falls():
+            nonlocal writes
+            writes += 1
+            return writes == cut
+
+        def torn_write(path, text):
+            if falls():
+                write_text(path, text[:len(text) // 2])
+                raise PowerCut
+            return write_text(path, text)
+
+        def torn_replace(path, target):
+            if falls():
+                raise PowerCut
+            return replace(path, target)
+
+        def prepare(patch):
+            shrink(patch)
+            patch.setattr(Path, "write_text", torn_write)
+            patch.setattr(Path, "replace", torn_replace)
+
+        folder = f"cut{cut}"
+        try:
+            run(f"{command} --output_dir {folder}", prepare)
+        except PowerCut:
+            kept = Path(folder, "last.pt").exists() and Path(folder, "args.json").exists()
+            again = f"{command.split()[0]} --resume" if kept else f"{command} --resume"
+            writes = -100
+            run(f"{again} --output_dir {folder}")
+            assert_same_run(Path(folder), Path("whole"))
+        else:
+            break
+    assert 5 <= cut < 29, f"{cut - 1} writes were cut"
+
+
+def test_power_cut_while_the_log_is_shortened(tmp_path, whole):
+    """A resumed run drops the lines after its checkpoint without a moment in which log.jsonl is half there."""
+    run(f"{MAE} --max_steps 10 --output_dir cut")
+    before, write_text = log_of("cut"), Path.write_text
+
+    def torn_write(path, text):
+        if "log.jsonl" in path.name:
+            write_text(path, text[:len(text) // 2])
+            raise PowerCut
+        return write_text(path, text)
+
+    def prepare(patch):
+        shrink(patch)
+        patch.setattr(Path, "write_text", torn_write)
+
+    with pytest.raises(PowerCut):
+        run("mae.py --resume --max_steps 0 --output_dir cut", prepare)
+    assert log_of("cut") == before
+    run("mae.py --resume --max_steps 0 --output_dir cut")
+    assert_same_run(tmp_path / "cut", whole["mae"])
+
+
+def test_half_a_line_in_the_log_is_dropped(tmp_path, whole):
+    """A line that a kill has cut short is no obstacle to --resume."""
+    run(f"{MAE} --max_steps 10 --output_dir cut")
+    with open("cut/log.jsonl", "a") as file:
+        file.write('{"step": 11, "epo')
+    run("mae.py --resume --max_steps 0 --output_dir cut")
+    assert_same_run(tmp_path / "cut", whole["mae"])
+
+
+def test_sigterm_and_ctrl_c_save_and_leave(tmp_path, whole):
+    """SIGTERM and Ctrl-C end a process with a message and 128 + signal; --resume ends as the uninterrupted run."""
+    cases = {"mae": signal.SIGTERM, "train": signal.SIGINT}
+
+    def interrupted(name):
+        return spawn(f"{SCRIPTS[name]} --output_dir {tmp_path / name}", f"{cases[name]:d} 17 0")
+
+    with ThreadPoolExecutor(2) as pool:
+        ended = dict(zip(cases, pool.map(interrupted, cases)))
+    for name, number in cases.items():
+        assert ended[name].returncode == 128 + number, ended[name].stderr
+        assert f"stopped and saved: --resume continues {tmp_path / name}" in ended[name].stdout
+        assert "Traceback" not in ended[name].stderr
+        assert 17 <= read(tmp_path / name / "last.pt")["step"] < STEPS
+        run(f"{SCRIPTS[name].split()[0]} --resume --output_dir {tmp_path / name}")
+        assert_same_run(tmp_path / name, whole[name])
+
+
+def hit_at(number, at):
+    """-> prepare: this process gets the signal `number` in step `at`."""
+    def prepare(patch):
+        shrink(patch)
+        step = data.Log.step
+
+        def hit(log, n, **values):
+            if n + 1 == at:
+                os.kill(os.getpid(), number)
+            step(log, n, **values)
+        patch.setattr(data.Log, "step", hit)
+    return prepare
+
+
+@pytest.mark.parametrize("at", (7, 60 - 3))
+def test_an_interrupted_probe_counts_its_whole_last_epoch(at, tmp_path, whole):
+    """The learning rate of a probe is picked by the training images of a whole epoch, also when it was interrupted."""
+    with pytest.raises(SystemExit) as left:
+        run(f"{LINEAR} --output_dir stopped", hit_at(signal.SIGTERM, at))
+    assert left.value.code == 128 + signal.SIGTERM and read("stopped/last.pt")["step"] == at
+    assert all("images/s" in line for line in log_of("stopped")), "an interrupted probe has nothing to report"
+    run("vit.py --resume --output_dir stopped")
+    assert_same_run(tmp_path / "stopped", whole["linear"])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_signal_in_the_last_step_ends_the_run_as_usual(name, tmp_path, whole):
+    """There is nothing left to resume: the run evaluates, writes its result and ends with status 0."""
+    run(f"{SCRIPTS[name]} --output_dir stopped", hit_at(signal.SIGTERM, STEPS))
+    assert_same_run(tmp_path / "stopped", whole[name])
+    assert any({"knn", "accuracy", "cls"} & line.keys() for line in log_of("stopped") if line["step"] == STEPS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_resume_of_a_run_that_is_complete(name, tmp_path, whole):
+    """--resume after the last step writes encoder and result again, and leaves the weights alone."""
+    run(f"{SCRIPTS[name]} --epochs 1 --output_dir done")
+    before = snapshot("done")
+    for file in ("result.json",):
+        Path("done", file).unlink(missing_ok=True)
+    run(f"{SCRIPTS[name].split()[0]} --resume --output_dir done")
+    after = snapshot("done")
+    assert all(after[path] == before[path] for path in before if path.name == "result.json")
+    assert before.keys() == after.keys() and same(read("done/last.pt")["model"], read("done/last.pt")["model"])
+    assert losses("done").keys() == set(range(1, 11))
+
+
+def test_torchrun_restarts_resume_by_themselves(tmp_path, whole, monkeypatch):
+    """With TORCHELASTIC_RESTART_COUNT=1 the same command line, without --resume, continues the run."""
+    run(f"{MAE} --max_steps 25 --output_dir stopped")
+
+    def prepare(patch):
+        shrink(patch)
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(f"{MAE} --max_steps 0 --output_dir stopped", prepare)
+    assert_same_run(tmp_path / "stopped", whole["mae"])
+
+
+def test_a_streamed_run_resumes_bitwise(tmp_path):
+    """Image files that worker processes decode: interrupted in the middle of an epoch and resumed, the same weights."""
+    from PIL import Image
+    for split, n in (("train", 12), ("val", 3)):
+        imgs, labels = data.draw_shapes(10 * n, 12, seed=n)
+        for i, (img, label) in enumerate(zip(imgs, labels.tolist())):
+            path = tmp_path / "set" / split / str(label) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(img.permute(1, 2, 0).numpy()).save(path)
+    command = f"{MAE} --data {tmp_path}/set --num_workers 1 --epochs 2 --eval_every 9 --batch_size 30"
+    run(f"{command} --output_dir whole")
+    with pytest.raises(SystemExit):
+        run(f"{command} --output_dir stopped", hit_at(signal.SIGINT, 3))
+    run("mae.py --resume --output_dir stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+# ---- several processes, several parts ----
+
+SURE = f"{MAE} --img_size 16 --sampling grid --aug none --epochs 3"     # without random masks and augmentation
+
+
+def assert_near(folder, single, tolerance=1e-5):
+    """Losses agree to `tolerance` (relative), weights to 1e-3 of the learning rate's whole path."""
+    a, b = losses(folder), losses(single)
+    assert a.keys() == b.keys() and len(a) == 30
+    assert max(abs(a[s] - b[s]) / b[s] for s in b) < tolerance
+    a, b = read(Path(folder) / "last.pt")["model"], read(Path(single) / "last.pt")["model"]
+    for name in b:
+        rows = slice(None)
+        if name.endswith("qkv.bias"):  # the keys' bias has no gradient but noise, which Adam scales up
+            D = len(b[name]) // 3
+            rows = torch.cat([torch.arange(D), torch.arange(2 * D, 3 * D)])
+        assert (a[name][rows] - b[name][rows]).norm() <= 1e-4 * (b[name][rows].norm() + 1e-2), name
+
+
+def test_two_processes_follow_one(tmp_path):
+    """torchrun with two processes (gloo): the losses, weights, features and k-NN accuracy of one process with the
+    same total batch; a linear probe counts every validation image once and writes one result.
+    """
+    commands = [f"{SURE} --output_dir {tmp_path}/two", f"{LINEAR} --epochs 2 --output_dir {tmp_path}/probe"]
+    with ThreadPoolExecutor(2) as pool:
+        ended = pool.map(lambda command: spawn(command, ranks=2), commands)
+        run(f"{SURE} --output_dir one")
+        ended = list(ended)
+    assert [done.returncode for done in ended] == [0, 0], [done.stderr for done in ended]
+    assert "2 ranks x 1 parts x 10" in ended[0].stdout
+    assert_near(tmp_path / "two", tmp_path / "one")
+    knn = {folder: [line["knn"] for line in log_of(folder) if "knn" in line] for folder in ("one", "two")}
+    assert knn["one"] == knn["two"] and len(knn["one"]) == 3
+
+    args = SimpleNamespace(img_size=16, batch_size=20, device="cpu", amp="none", epochs=1, max_steps=0)
+    with guarded() as patch:
+        shrink(patch)
+        imgs, labels = data.draw_shapes(1000, 16, 1)
+        stats = data.pixel_stats(data.draw_shapes(5000, 16, 0)[0])
+        encoder = vit.ViT(**read("one/encoder.pt")["config"])
+    encoder.load_state_dict(read("one/encoder.pt")["model"])
+    wanted, _ = data.encode(args, lambda x: encoder.eval().forward_features(x)[:, 1:].mean(1),
+                            data.Images(imgs, labels, list("0123456789"), *stats))
+    for rank in (0, 1):  # both ranks have all 41 images, in their order
+        features, y = read(tmp_path / "two" / f"encoded.{rank}")
+        assert torch.equal(y, labels) and (features - wanted).abs().max() < 1e-3 * wanted.abs().max()
+
+    result = json.loads((tmp_path / "probe/result.json").read_text())
+    counts = torch.tensor(list(result["all"].values()), dtype=torch.double) * 41 / 100
+    assert len(counts) == 4 and (counts - counts.round()).abs().max() < 1e-4
+    assert ended[1].stdout.count("result (linear") == 1
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    """--accum_steps 4 gives the losses and the weights of the undivided batch."""
+    run(f"{SURE} --output_dir one")
+    run(f"{SURE} --accum_steps 4 --output_dir four")
+    assert_near("four", "one")
+
+
+# ---- what cannot go on ----
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_files(tmp_path, capsys):
+    """--lr 1e30 ends with one sentence and status 2; last.pt and encoder.pt are those of before."""
+    run(f"{MAE} --max_steps 10 --output_dir run")
+    good = {name: Path("run", name).read_bytes() for name in ("last.pt", "encoder.pt")}
+    said = sentence("mae.py --resume --lr 1e30 --max_steps 0 --output_dir run", capsys)
+    assert re.search(r"loss (nan|inf) at step 1\d: try a smaller --lr.*last good checkpoint is run/last.pt", said)
+    assert good == {name: Path("run", name).read_bytes() for name in good}
+    assert not list(Path("run").glob("*.tmp")) and "NaN" not in Path("run/log.jsonl").read_text()
+    assert "last.pt" not in sentence(f"{MAE} --lr 1e30 --warmup_epochs 0 --output_dir new", capsys)
+    assert not Path("new/last.pt").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(capsys):
+    """The last update of an epoch may break the weights behind a finite loss: no file is replaced by them."""
+    run(f"{MAE} --max_steps 10 --output_dir run")
+    good = {name: Path("run", name).read_bytes() for name in ("last.pt", "encoder.pt")}
+
+    def prepare(patch):
+        shrink(patch)
+        patch.setattr(data.Log, "evaluates", lambda log, step: step == 19 and spoil(log))
+
+    def spoil(log):
+        with torch.no_grad():
+            torch.nn.Module.parameters(models[0]).__next__().fill_(math.inf)
+    models, wrap = [], data.wrap
+
+    def prepare_both(patch):
+        prepare(patch)
+        patch.setattr(data, "wrap", lambda model, args: models.append(model) or wrap(model, args))
+    said = sentence("mae.py --resume --max_steps 0 --output_dir run", capsys, prepare=prepare_both)
+    assert "is not finite after step 20" in said and "run/last.pt" in said
+    assert good == {name: Path("run", name).read_bytes() for name in good}
+
+
+# ---- a user's mistakes: one sentence, status 2, nothing lost ----
+
+@pytest.mark.parametrize("flags, words", (
+    ("--img_size 30", "--img_size 30 is not divisible by --patch_size 4: use --img_size"),
+    ("--img_size 1", "use --img_size 4"),
+    ("--img_size 0", "--img_size 0 must be 1 or more"),
+    ("--patch_size 0", "--patch_size 0 must be 1 or more"),
+    ("--batch_size 0", "--batch_size 0 must be 1 or more"),
+    ("--accum_steps 3", "use 18 or 21"),
+    ("--max_steps -1", "--max_steps -1 must be 0 or more"),
+    ("--seed -1", "--seed -1 must be 0 or more"),
+    ("--batch_size 300", "--batch_size 300 is larger than the 208 training images: use 128 or less"),
+    ("--batchsize 20", "unrecognized arguments: --batchsize 20"),
+    ("--batch_size many", "argument --batch_size: invalid int value: 'many'"),
+    ("--sampling rows", "argument --sampling: invalid choice: 'rows'"),
+    ("--device tpu", "argument --device: invalid choice: 'tpu'"),
+    ("--model gigantic", "gigantic"),
+    ("--decoder_heads 3", "--decoder_dim 16"),
+    ("--data no/such/folder", "there is no folder no/such/folder: --data takes shapes, cifar10"),
+    ("--mask_ratio 75", "--mask_ratio 75.0 hides all or none of the 4 patches: use a value like 0.75"),
+    ("--sampling grid --mask_ratio 0.5", "it needs --mask_ratio 0.75"),
+    ("--holdout 208", "--holdout 208 must lie between 1 and 207"),
+))
+def test_wrong_flags_of_mae(flags, words, capsys):
+    """Each wrong value ends in one sentence that names the flag and the remedy, and no run is begun."""
+    assert words in sentence(f"{MAE} {flags} --output_dir run", capsys)
+    assert not Path("run/log.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags, words", (
+    ("--mode finetune", "--mode finetune needs --init FILE"),
+    ("--mode train --init encoder.pt", "use --mode finetune with --init FILE"),
+    ("--mode probe", "argument --mode: invalid choice: 'probe'"),
+    ("--mode linear --init no/encoder.pt", "there is no file no/encoder.pt"),
+    ("--mode linear --blrs 1,two", "--blrs 1,two"),
+    ("--mode knn --blrs 1", "unrecognized arguments: --blrs 1"),
+    ("--mode linear --label_fraction 10", "--label_fraction 10.0"),
+    ("--mode linear --label_fraction 0", "--label_fraction 0.0"),
+))
+def test_wrong_flags_of_vit(flags, words, capsys):
+    """The judge says in one sentence what it lacks."""
+    assert words in sentence(f"vit.py {TINY} {flags} --output_dir run", capsys)
+    assert not Path("run/log.jsonl").exists()
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks(capsys):
+    """--batch_size 500 on 8 GPUs: the two nearest that do are named."""
+    def prepare(patch):
+        shrink(patch)
+        patch.setenv("WORLD_SIZE", "8")
+    said = sentence(f"{MAE} --batch_size 500", capsys, prepare=prepare)
+    assert "--batch_size 500 does not divide over 8 GPUs" in said and "use 496 or 504" in said
+    assert "use 8" in (said := sentence(f"{MAE} --batch_size 4", capsys, prepare=prepare)) and "use 0" not in said
+
+
+@pytest.mark.parametrize("device", ("cuda", "mps"))
+def test_a_device_that_is_not_there(device, capsys, monkeypatch):
+    """--device cuda or mps without one: one sentence with the way out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    said = sentence(f"{MAE} --device {device} --output_dir run", capsys)
+    assert f"--device {device}" in said and "--device cpu" in said
+
+
+def test_a_used_folder_is_refused(tmp_path, whole, capsys):
+    """Without --resume nothing in a run's folder is touched."""
+    before = snapshot(whole["mae"])
+    said = sentence(f"{MAE} --output_dir {whole['mae']}", capsys)
+    assert "already holds a run: continue it with --resume, or name another --output_dir" in said
+    assert snapshot(whole["mae"]) == before
+
+
+def test_a_place_that_cannot_be_written(capsys):
+    """A file where the folder's parent should be (root may write anywhere else): one sentence."""
+    Path("file").write_text("mine")
+    said = sentence(f"{MAE} --output_dir file/run", capsys)
+    assert "cannot write to file/run" in said and "--output_dir" in said and Path("file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("keep", (0, 10, 1000, -100))
+def test_a_truncated_last_pt(keep, tmp_path, whole, capsys):
+    """--resume on a damaged last.pt names it and touches nothing but args.json."""
+    Path("run").mkdir()
+    for name in ("args.json", "log.jsonl", "last.pt"):
+        content = (whole["mae"] / name).read_bytes()
+        Path("run", name).write_bytes(content[:keep] if name == "last.pt" else content)
+    before = snapshot("run")
+    said = sentence("mae.py --resume --output_dir run", capsys)
+    assert "run/last.pt cannot be read as a checkpoint" in said and "truncated" in said
+    assert all(content == before[path] for path, content in snapshot("run").items() if path.name != "args.json")
+
+
+def test_files_that_are_no_encoder(whole, capsys):
+    """--init with a truncated file, a text, a bare tensor or a picture: one sentence that names the file."""
+    Path("half.pt").write_bytes((whole["mae"] / "encoder.pt").read_bytes()[:5000])
+    Path("text.pt").write_text("import os")
+    torch.save(torch.zeros(3), "tensor.pt")
+    torch.save({"model": {"weight": torch.zeros(3)}}, "other.pt")
+    for name in ("half.pt", "text.pt", "tensor.pt", "other.pt"):
+        assert sentence(f"{LINEAR} --init {name} --output_dir run", capsys).startswith(f"vit.py: {name} ")
+
+
+def test_a_checkpoint_of_another_model(tmp_path, whole, capsys):
+    """--resume with another model, image size or script names the tensor, or what is missing; nothing is touched."""
+    before = snapshot(whole["mae"])
+    wider = "mae.py --resume --decoder_dim 32"
+    said = sentence(f"{wider} --output_dir {whole['mae']}", capsys)
+    assert "belongs to another model: decoder_blocks.0.attn.proj.bias is (16,) there and (32,) in the model" in said
+    deeper = f"mae.py --resume --decoder_depth 2 --output_dir {whole['mae']}"
+    assert "decoder_blocks.1.attn.proj.bias is missing there" in sentence(deeper, capsys)
+    after = snapshot(whole["mae"])
+    assert all(after[path] == before[path] for path in before if path.name != "args.json")
+    assert "lacks" in sentence(f"{MAE} --resume --output_dir {whole['linear']}", capsys)
+
+
+def test_an_optimizer_of_another_shape(whole, capsys):
+    """Flags that regroup the parameters end in a sentence, not in a traceback of the optimiser."""
+    said = sentence(f"vit.py --resume --layer_decay 0.5 --output_dir {whole['train']}", capsys)
+    assert "last.pt" in said and "optimizer" in said
+
+
+def test_the_unpatched_script_in_a_process_of_its_own(tmp_path):
+    """python mae.py ends a mistake with one line on stderr and status 2, and a short run with status 0."""
+    def process(flags):
+        command = [sys.executable, ROOT / "mae.py", *shlex.split(flags)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    with ThreadPoolExecutor(2) as pool:
+        wrong, right = pool.map(process, ("--data shapes --mask_ratio 1",
+                                          f"{MAE.partition(' ')[2]} --max_steps 1 --output_dir run"))
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.strip().splitlines() == ["mae.py: --mask_ratio 1.0 hides all or none of the 64 patches: "
+                                                 "use a value like 0.75"]
+    assert right.returncode == 0, right.stderr
+    assert {"args.json", "curves.png", "encoder.pt", "last.pt", "log.jsonl", "pictures"} <= set(os.listdir("run"))
+
+
+# ---- flags ----
+
+FLAGS = {"mask_ratio": "share", "kind": ("kind", ("a", "b"))}
+TABLE = {"model": ("micro", "tiny", "tiny", "tiny", "base"), "epochs": (1, 2, 3, 4, {"base": 50, "large": 20}),
+         "batch_size": (64, 128, 128, 128, 4096), "blr": (1e-3, 2e-3, 2e-3, 2e-3, 1e-4), "mask_ratio": 0.75, "kind": "a"}
+
+
+def parsed(flags, table=TABLE, extra=FLAGS):
+    with guarded() as patch:
+        patch.setattr(sys, "argv", ["x.py", *shlex.split(flags)])
+        return data.parse_args("about", table, extra)
+
+
+def test_recipe_columns():
+    """--data selects the column, --model a cell of it, and a typed flag wins over both."""
+    assert [parsed(f"--data {name}").batch_size for name in data.NAMES] == [64, 128, 128, 128, 4096]
+    assert parsed("").data == "cifar10" and parsed("").batch_size == 128
+    assert parsed("--data some/photos").model == "base", "a folder is trained like ImageNet"
+    assert parsed("--data=imagenet").epochs == 50 and parsed("--data imagenet --model large").epochs == 20
+    assert parsed("--data imagenet --model small").epochs == 50, "a model without a cell takes the base model's"
+    assert parsed("--data imagenet --model large --epochs 7").epochs == 7
+    args = parsed("--data shapes --mask_ratio 0.5 --kind b")
+    assert (args.mask_ratio, args.kind, args.model) == (0.5, "b", "micro")
+    assert args.output_dir == "out/x-shapes" and parsed("--data a/photos").output_dir == "out/x-photos"
+
+
+def test_learning_rate():
+    """lr = blr * batch_size / 256, unless --lr is typed; of the two the typed one wins over the recipe's."""
+    assert parsed("--data imagenet").lr == pytest.approx(1e-4 * 16)
+    assert parsed("--data imagenet --batch_size 512").lr == pytest.approx(2e-4)
+    assert parsed("--lr 0.5").lr == 0.5 and parsed("--blr 0.5").lr == pytest.approx(0.25)
+    fixed = TABLE | {"lr": 0.3, "blr": 0.0}
+    assert parsed("", fixed).lr == 0.3 and parsed("--blr 0.5", fixed).lr == pytest.approx(0.25)
+
+
+def test_tables_and_flags_must_agree():
+    """A recipe key that is no flag, and a flag without a recipe, are programming errors."""
+    with pytest.raises(AssertionError, match="mask_rate"):
+        parsed("", TABLE | {"mask_rate": 0.5})
+    with pytest.raises(AssertionError, match="teacher"):
+        parsed("", TABLE, FLAGS | {"teacher": "help"})
+
+
+def scripts():
+    """Every script of the repository that has recipes."""
+    return [path.stem for path in sorted(ROOT.glob("*.py")) if "\nRECIPES = {" in path.read_text()]
+
+
+def test_recipes_have_five_columns_of_the_flags_types():
+    """Each row of each script's table is one value or five, all of one type: that of the flag."""
+    assert {"data", "mae", "vit"} <= set(scripts())
+    for script in scripts():
+        tables = importlib.import_module(script).RECIPES
+        for table in tables.values() if script == "vit" else [tables]:
+            for name, row in table.items():
+                cells = row if isinstance(row, tuple) else (row,)
+                assert len(cells) in (1, len(data.NAMES)), (script, name)
+                values = [v for cell in cells for v in (cell.values() if isinstance(cell, dict) else [cell])]
+                wanted = type(data.COMMON[name][0]) if name in data.COMMON else type(values[0])
+                assert {type(v) for v in values} == {wanted}, (script, name)
+                assert all("base" in cell for cell in cells if isinstance(cell, dict)), (script, name)
+
+
+def test_help_shows_the_recipe(capsys):
+    """mae.py --data imagenet --help shows the paper's batch of 4096 and 800 epochs."""
+    with pytest.raises(SystemExit) as left:
+        run("mae.py --data imagenet --help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 0
+    for words in ("Masked Autoencoders", "passes over the training images (default: 800)", "(default: 4096)",
+                  "Vision Transformer: micro, tiny, small, base, large, huge (default: base)"):
+        assert words in text, words
+
+
+def test_resume_takes_the_flags_of_the_run():
+    """--resume reads args.json, also the data set and the model; flags that are typed again win."""
+    Path("run").mkdir()
+    kept = vars(parsed("--data imagenet --model large --mask_ratio 0.6 --lr 0.1 --output_dir run")) | {"gone": 1}
+    assert kept["flags"]["lr"] == 0.1 and "gone" not in kept["flags"]
+    Path("run/args.json").write_text(json.dumps({"flags": kept["flags"] | {"gone": 1}}))
+    args = parsed("--resume --output_dir run")
+    assert (args.data, args.model, args.mask_ratio, args.lr, args.epochs) == ("imagenet", "large", 0.6, 0.1, 20)
+    assert args.resume and not hasattr(args, "gone")
+    args = parsed("--resume --output_dir run --mask_ratio 0.9 --blr 1e-3 --epochs 3")
+    assert (args.mask_ratio, args.epochs) == (0.9, 3) and args.lr == pytest.approx(1e-3 * 16)
+    assert parsed("--output_dir run").data == "cifar10", "only --resume reads it"
+
+
+def test_a_resumed_judge_knows_its_mode(tmp_path, whole):
+    """vit.py --resume needs neither --mode nor --init again: `whole` was resumed so in the tests above."""
+    flags = json.loads((whole["linear"] / "args.json").read_text())["flags"]
+    assert flags["mode"] == "linear" and flags["blrs"] == "1,10"
+    with guarded() as patch, pytest.raises(PowerCut):
+        patch.setattr(data, "setup", lambda args: (_ for _ in ()).throw(PowerCut(args)))
+        main_of(f"vit.py --resume --output_dir {whole['linear']}", patch)
+
+
+def test_typed_flags_reach_a_resumed_optimizer(whole):
+    """--resume --weight_decay 0.3 trains with 0.3, though the optimiser in last.pt was made with another."""
+    assert sorted({g["weight_decay"] for g in read(whole["mae"] / "last.pt")["optimizer"]["param_groups"]}) == [0, 0.05]
+    run(f"{MAE} --max_steps 5 --output_dir run")
+    run("mae.py --resume --weight_decay 0.3 --max_steps 10 --output_dir run")
+    assert sorted({g["weight_decay"] for g in read("run/last.pt")["optimizer"]["param_groups"]}) == [0, 0.3]
+
+
+# ---- files ----
+
+def test_a_file_is_whole_at_any_moment(monkeypatch):
+    """Killed before or during the rename, save_atomically leaves the old file; a full disk ends in a sentence."""
+    path = Path("last.pt")
+    data.save_atomically({"step": 1}, path)
+    for culprit, name in ((torch, "save"), (os, "fsync"), (Path, "replace")):
+        with monkeypatch.context() as patch, pytest.raises(PowerCut):
+            patch.setattr(culprit, name, lambda *args: (_ for _ in ()).throw(PowerCut))
+            data.save_atomically({"step": 2}, path)
+        assert read(path) == {"step": 1}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "fsync", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        data.save_atomically({"step": 2}, path)
+    assert read(path) == {"step": 1}
+    data.save_atomically({"step": 2}, path)
+    assert read(path) == {"step": 2} and os.listdir() == ["last.pt"]
+
+
+def test_checkpoints_hold_plain_names(whole):
+    """last.pt and encoder.pt load with weights_only=True, and the encoder has timm's names, without a wrapper's."""
+    for name in SCRIPTS:
+        assert read(whole[name] / "last.pt")["step"] == STEPS
+        assert not [key for key in read(whole[name] / "last.pt")["model"] if re.match(r"module\.|_orig_mod\.", key)]
+    content = read(whole["mae"] / "encoder.pt")
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.1.attn.qkv.weight", "norm.bias"} <= \
+        content["model"].keys()
+    assert not [key for key in content["model"] if "decoder" in key or "mask_token" in key]
+    encoder = vit.ViT(**content["config"])
+    encoder.load_state_dict(content["model"])
+    assert (content["method"], content["data"]) == ("mae", "shapes") and len(content["mean"]) == 3
+
+
+def test_compiled_and_wrapped_checkpoints_hold_plain_names(tmp_path, whole, monkeypatch):
+    """--compile gives the losses of the plain run, and files that carry no _orig_mod."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(4))
+    except Exception as error:  # whatever a machine without a C++ compiler raises
+        pytest.skip(f"torch.compile does not work here: {str(error).splitlines()[0]}")
+    finally:
+        torch.compiler.reset()
+
+    def prepare(patch):
+        shrink(patch)
+        patch.setitem(vit.SIZES, "micro", dict(embed_dim=32, depth=1, num_heads=2))
+    short = f"{MAE} --max_steps 3"
+    run(f"{short} --output_dir plain", prepare)
+    run(f"{short} --compile --output_dir compiled", prepare)
+    torch.compiler.reset()
+    a, b = losses("plain"), losses("compiled")
+    assert a.keys() == b.keys() and all(abs(a[s] - b[s]) < 1e-4 for s in a)
+    for name in ("last.pt", "encoder.pt"):
+        assert read(f"compiled/{name}")["model"].keys() == read(f"plain/{name}")["model"].keys()
+
+
+def test_args_json_says_how_to_repeat_the_run(whole):
+    """args.json holds all flags, the command, the commit, the versions and the hardware."""
+    about = json.loads((whole["mae"] / "args.json").read_text())
+    assert about["flags"]["decoder_dim"] == 16 and about["flags"]["weight_decay"] == 0.05
+    assert about["command"].startswith("mae.py --data shapes") and about["torch"] == torch.__version__
+    assert {"commit", "python", "numpy", "hardware"} <= about.keys()
+
+
+# ---- log ----
+
+def test_log_averages_and_draws(capsys):
+    """A line is the mean of the tensors since the last one and the newest of the plain numbers; few lines without a
+    terminal, and curves.png in the end.
+    """
+    Path("run").mkdir()
+    args = SimpleNamespace(output_dir="run", device="cpu", log_every=2, epochs=2, batch_size=8, eval_every=1, save_every=1)
+    loader = SimpleNamespace(epoch_steps=5, total_steps=10, skipped=set())
+    with guarded():
+        log = data.Log(args, loader)
+        for step in range(10):
+            log.step(step, loss=torch.tensor(float(step)), lr=step / 10)
+            if log.evaluates(step):
+                log.write(step + 1, knn=50.0)
+        log.finish()
+    lines = [line for line in log_of("run") if "loss" in line]
+    assert [(line["step"], line["loss"], line["lr"]) for line in lines] == \
+        [(2, 0.5, 0.1), (4, 2.5, 0.3), (5, 4, 0.4), (6, 5, 0.5), (8, 6.5, 0.7), (10, 8.5, 0.9)]
+    assert [line["epoch"] for line in lines] == [0.4, 0.8, 1, 1.2, 1.6, 2]
+    assert [line["step"] for line in log_of("run") if "knn" in line] == [5, 10]
+    assert Path("run/curves.png").stat().st_size > 5000
+    out, err = capsys.readouterr()
+    assert "\r" not in out + err and len(err.splitlines()) == 2, "no rewritten line, and at most one in 30 seconds"
+    assert "finished in 0:0" in out and "curves.png" in out
+
+
+def test_images_per_second_do_not_count_evaluations():
+    """The rate in the log is that of training: the time of an evaluation between two lines is left out."""
+    Path("run").mkdir()
+    args = SimpleNamespace(output_dir="run", device="cpu", log_every=1, epochs=1, batch_size=1000)
+    loader = SimpleNamespace(epoch_steps=2, total_steps=2, skipped=set())
+    with guarded():
+        log = data.Log(args, loader)
+        time.sleep(0.5)
+        log.write(0, knn=10.0)
+        log.step(0, loss=torch.tensor(1.0))
+    assert [line["images/s"] for line in log_of("run") if "loss" in line][0] > 1000 / 0.4
+
+
+# ---- k-NN ----
+
+def test_knn_vote_against_a_slow_reference():
+    """Every image asks its k most similar ones, one by one, in plain Python."""
+    g = torch.Generator().manual_seed(0)
+    train_x, train_y = torch.randn(60, 5, generator=g), torch.randint(4, (60,), generator=g)
+    x = torch.randn(40, 5, generator=g) * 3
+    guesses = data.knn_vote(train_x, train_y, x, [1, 7, 20, 100], 4)
+    assert list(guesses) == [1, 7, 20], "there are no 100 neighbours"
+    for k in guesses:
+        for i in range(len(x)):
+            cosines = sorted(((float(x[i] @ t / x[i].norm() / t.norm()), int(y)) for t, y in zip(train_x, train_y)),
+                             reverse=True)
+            votes = [0.0] * 4
+            for cosine, label in cosines[:k]:
+                votes[label] += math.exp(cosine / 0.07)
+            assert int(guesses[k][i]) == votes.index(max(votes)), (k, i)
+    assert list(data.knn_vote(train_x[:3], train_y[:3], x, [20], 4)) == [3]
+
+
+# ---- all command lines ----
+
+def test_every_script_end_to_end(tmp_path):
+    """mae.py, then vit.py in all five modes on its encoder: results, accuracies and pictures are there."""
+    def prepare(patch):
+        shrink(patch)
+        patch.setattr(data, "save_rows", save_rows)
+        patch.setattr(data, "curves", curves)
+    save_rows, curves = data.save_rows, data.curves
+    short = "--max_steps 2 --label_fraction 0.1"
+    run(f"{MAE} --max_steps 2 --output_dir mae", prepare)
+    assert {"args.json", "curves.png", "encoder.pt", "last.pt", "log.jsonl", "pictures"} == set(os.listdir("mae"))
+    assert sorted(os.listdir("mae/pictures")) == ["000000.png", "000002.png"]
+    expected = {"train": {"accuracy", "val_loss"}, "finetune": {"accuracy", "val_loss"},
+                "linear": {"cls", "cls_blr", "mean", "mean_blr", "all"}, "attentive": {"attentive", "attentive_blr", "all"},
+                "knn": {"cls_k10", "mean_k10"}}
+    for mode, entries in expected.items():
+        init = "" if mode == "train" else "--init mae/encoder.pt"
+        run(f"vit.py {TINY} --mode {mode} {init} {short} --batch_size 10 --output_dir {mode}"
+            .replace("--patch_size 4", "" if init else "--patch_size 4"), prepare if mode == "train" else shrink)
+        result = json.loads(Path(mode, "result.json").read_text())
+        assert entries <= result.keys(), result
+        assert all(0 <= result[name] <= 100 for name in entries - {"all", "val_loss"})
+        assert (result["mode"], result["label_fraction"], result["data"]) == (mode, 0.1, "shapes")
+        assert result["init"] == ("random" if mode == "train" else "mae/encoder.pt")
+    assert sorted(os.listdir("train/pictures")) == ["attention.png", "positions.png"]
+    run(f"data.py --data shapes --output_dir shown", prepare)
+    assert os.listdir("shown/pictures") == ["views.png"]
+
+
+def commands(text, fenced):
+    """Command lines in a README's fenced blocks, or in a docstring: comments cut off, continued lines joined."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) if fenced else [text]
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True) if fenced or re.match(r" {4}\S+ .*\.py", line) else []
+        while words and re.fullmatch(r"\w+=\S*", words[0]):
+            words = words[1:]                                   # environment variables
+        if any(word.endswith(".py") for word in words):
+            yield words
+
+
+def check_command(words):
+    """The script of a command line takes its flags: its main() comes as far as data.setup."""
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script = ROOT / words[place]
+    assert script.exists(), f"there is no {words[place]}: {' '.join(words)}"
+    assert words[0] in ("python", "python3", "torchrun", "pytest") or words[0].endswith("/python"), words
+    if script.parent != ROOT or "pytest" in words:
+        return
+    ranks = [word.split("=")[1] for word in words[:place] if word.startswith("--nproc_per_node=")] or ["1"]
+    with guarded() as patch:
+        patch.setenv("WORLD_SIZE", ranks[0])
+        patch.setattr(data, "setup", lambda args: (_ for _ in ()).throw(PowerCut(args)))
+        with pytest.raises(PowerCut):
+            main_of(shlex.join(words[place:]), patch)
+
+
+def test_commands_in_docstrings_parse():
+    """Every command line in a script's docstring is one that the script takes."""
+    found = [words for name in scripts() for words in commands(importlib.import_module(name).__doc__, fenced=False)]
+    assert len(found) >= 8
+    for words in found:
+        check_command(words)
+
+
+def test_commands_in_the_readme_parse():
+    """Every command line in README.md is one that its script takes."""
+    if not (ROOT / "README.md").exists():
+        pytest.skip("README.md is not written yet")
+    found = list(commands((ROOT / "README.md").read_text(), fenced=True))
+    assert len(found) >= 3
+    for words in found:
+        check_command(words)
+
+
+if __name__ == "__main__":
+    child()

@@ -1,0 +1,341 @@
+"""The ViT and the judge: numbers of the official implementations, and slow references for every part."""
+import argparse
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import vit
+from vit import ViT
+
+
+def tiny_vit(**options):
+    torch.manual_seed(0)
+    return ViT(**dict(img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3) | options)
+
+
+# ---- official numbers ----
+
+
+def test_official_classifier(golden, close):
+    """timm's ViT as facebookresearch/mae uses it: features, logits, loss and gradients to 1e-5."""
+    arrays, model = golden("vit"), tiny_vit(num_classes=10).eval()
+    model.load_state_dict(golden("vit", "w/"))
+    logits = model(arrays["images"])
+    close(model.features(arrays["images"]), arrays["features"])
+    close(logits, arrays["logits"])
+    _, target = data.mixup_cutmix(arrays["images"], arrays["labels"], 10, 0.0, 0.0, 0.1)
+    loss = -(target * logits.log_softmax(-1)).sum(-1).mean()
+    close(loss, arrays["loss_ls01"], 1e-6)
+    loss.backward()
+    gradients = golden("vit", "grad/")
+    assert len(gradients) >= 5
+    for name, gradient in gradients.items():
+        close(dict(model.named_parameters())[name].grad, gradient)
+
+
+def test_official_drop_path(golden, close, monkeypatch):
+    """The official branches are dropped for the official uniform numbers, and the others scaled."""
+    arrays, model = golden("vit"), tiny_vit(num_classes=10, drop_path=0.2).train()
+    model.load_state_dict(golden("vit", "w/"))
+    drawn = iter(arrays["drop_path_uniforms"])
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: next(drawn).view(shape))
+    close(model(arrays["images"]), arrays["logits_train_droppath"])
+
+
+def test_official_beit_finetuning_model(golden, close):
+    """unilm/beit with a bias table per block, layer scale, mean pooling, no absolute positions."""
+    arrays = golden("vit_beit")
+    model = tiny_vit(depth=2, num_classes=10, pool="mean", pos="none", rel_pos="block", layer_scale=0.1)
+    weights = golden("vit_beit", "w/")
+    for i in range(2):
+        q, v = weights.pop(f"blocks.{i}.attn.q_bias"), weights.pop(f"blocks.{i}.attn.v_bias")
+        weights[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+        name = "relative_position_bias_table"
+        weights[f"blocks.{i}.rel_pos_bias.{name}"] = weights.pop(f"blocks.{i}.attn.{name}")
+    model.load_state_dict(weights)
+    images = golden("vit")["images"]
+    close(model.features(images), arrays["features"])
+    logits = model(images)
+    close(logits, arrays["logits"])
+    loss = F.cross_entropy(logits, torch.tensor([3, 0, 7]))
+    close(loss, arrays["loss"], 1e-6)
+    loss.backward()
+    found = {name.replace("rel_pos_bias", "attn"): p.grad for name, p in model.named_parameters()}
+    for i in range(2):
+        found[f"blocks.{i}.attn.q_bias"], _, found[f"blocks.{i}.attn.v_bias"] = found[
+            f"blocks.{i}.attn.qkv.bias"].chunk(3)
+    for name, gradient in golden("vit_beit", "grad/").items():
+        close(found[name], gradient)
+
+
+def test_official_mae_weights_in_the_classifier(golden, close):
+    """MAE's encoder, loaded through the loader, gives the official class-token features."""
+    arrays, model = golden("mae"), tiny_vit(pos="sincos", num_classes=10)
+    state = golden("mae", "w/") | {"pos_embed": model.pos_embed.detach()}
+    state = {name: value for name, value in state.items() if not name.startswith(("decoder", "mask"))}
+    vit.load_weights(model, state, "golden")
+    close(model.features(arrays["images"]), arrays["features"])
+
+
+def test_official_positions(golden, close):
+    arrays = golden("vit")
+    close(vit.sincos_pos_embed(192, 8, cls_token=False)[0, ::7], arrays["sincos_192_g8_nocls"])
+    assert (vit.sincos_pos_embed(192, 8)[0, 0] == 0).all()
+    close(vit.interpolate_pos_embed(arrays["interp_in"], 12), arrays["interp_out"])
+    tables = golden("vit_beit")
+    for grid in (6, 12):
+        close(vit.interpolate_rel_pos(tables[f"interp_8to{grid}_in"], grid), tables[f"interp_8to{grid}_out"])
+    assert torch.equal(vit.relative_position_index(2), tables["index_2x2"].long())
+
+
+def test_official_attentive_block(golden, close):
+    """CAE's attentive probe: pooled features of the published module."""
+    state, inputs = {}, golden("vit", "attentive/")
+    for name, value in golden("vit", "attentive/sd/").items():
+        name = name.replace("cross_attn.", "").replace("q_bias", "q.bias").replace("v_bias", "v.bias")
+        state[name.replace("norm1_", "norm_")] = value
+    probe = vit.AttentiveProbe(32, 10, 4)
+    missing, unexpected = probe.load_state_dict(state | {"query": inputs["in/query"]}, strict=False)
+    assert not unexpected and all(name.startswith(("norm.", "head.")) for name in missing)
+    close(probe.pool(inputs["in/features"]), inputs["out/pooled"][:, 0])
+
+
+@pytest.mark.parametrize("name, recipe", [
+    ("pretrain_b4096", dict(lr=2.4e-3, min_lr=0.0, warmup_epochs=40, epochs=800)),
+    ("finetune_b1024", dict(lr=2e-3, min_lr=1e-6, warmup_epochs=5, epochs=100)),
+    ("linprobe_b16384", dict(lr=6.4, min_lr=0.0, warmup_epochs=10, epochs=90)),
+    ("scratch_b4096", dict(lr=1.6e-3, min_lr=0.0, warmup_epochs=20, epochs=300))])
+def test_official_learning_rates(golden, close, name, recipe):
+    arrays = golden("vit")
+    found = [vit.cosine_lr(e, argparse.Namespace(**recipe)) for e in arrays[f"{name}_epochs"].tolist()]
+    close(found, arrays[f"{name}_lr"])
+
+
+# ---- parts ----
+
+
+def test_attention_against_loops():
+    """softmax(q k^T / sqrt(d) + bias) v, head by head, with q, k and v in the official order inside qkv."""
+    torch.manual_seed(0)
+    attn, x, bias = vit.Attention(12, 3), torch.randn(2, 5, 12), torch.randn(1, 3, 5, 5)
+    qkv = x @ attn.qkv.weight.T + attn.qkv.bias
+    heads = []
+    for h in range(3):
+        q, k, v = (qkv[:, :, part * 12 + h * 4:part * 12 + h * 4 + 4] for part in range(3))
+        weights = (q @ k.transpose(1, 2) / 2 + bias[0, h]).softmax(-1)
+        heads.append(weights @ v)
+    wanted = torch.cat(heads, -1) @ attn.proj.weight.T + attn.proj.bias
+    assert torch.allclose(attn(x, bias), wanted, atol=1e-6)
+
+
+def test_patch_embedding_is_the_convolution():
+    embed, imgs = vit.PatchEmbed(4, 48), torch.randn(2, 3, 32, 32)
+    wanted = F.conv2d(imgs, embed.proj.weight, embed.proj.bias, stride=4).flatten(2).transpose(1, 2)
+    assert torch.allclose(embed(imgs), wanted, atol=1e-5)
+
+
+def test_sincos_positions_against_loops():
+    """The first half of the width is the column, sines before cosines."""
+    table = vit.sincos_pos_embed(16, 3)[0]
+    for r in range(3):
+        for c in range(3):
+            for half, x in ((0, c), (1, r)):
+                for k in range(4):
+                    w = 10000 ** (-k / 4)
+                    assert math.isclose(table[1 + 3 * r + c, 8 * half + k], math.sin(x * w), abs_tol=1e-6)
+                    assert math.isclose(table[1 + 3 * r + c, 8 * half + 4 + k], math.cos(x * w), abs_tol=1e-6)
+
+
+def test_relative_index_against_loops():
+    """Equal offsets share a row, different ones do not, and the class token has three rows of its own."""
+    g, index = 4, vit.relative_position_index(4)
+    seen = {}
+    for i in range(g * g):
+        for j in range(g * g):
+            offset = (i // g - j // g, i % g - j % g)
+            assert seen.setdefault(offset, index[1 + i, 1 + j].item()) == index[1 + i, 1 + j].item()
+    assert sorted(seen.values()) == list(range(49))
+    assert (index[0, 1:] == 49).all() and (index[1:, 0] == 50).all() and index[0, 0] == 51
+
+
+def test_drop_path_statistics():
+    torch.manual_seed(0)
+    x = vit.drop_path(torch.ones(20000, 1, 1), 0.3)
+    assert set(x.unique().tolist()) == {0.0, 1 / (1 - torch.tensor(0.3)).item()} or len(x.unique()) == 2
+    assert abs((x == 0).float().mean().item() - 0.3) < 0.01 and abs(x.mean().item() - 1) < 0.02
+
+
+@pytest.mark.parametrize("options", [dict(pool="mean"), dict(pos="none", rel_pos="shared"), dict(layer_scale=1e-5),
+                                     dict(stem="conv"), dict(pos="sincos"), dict(qkv_bias=False)])
+def test_every_variant_takes_a_real_step(options):
+    """All options run, another image size included, and every weight gets a gradient."""
+    model = tiny_vit(num_classes=10, **options)
+    optimizer = torch.optim.AdamW(vit.param_groups(model, 0.05), lr=1e-3)
+    loss = F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.arange(4))
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    optimizer.step()
+    if options.get("rel_pos") != "shared":
+        assert model(torch.randn(2, 3, 48, 48)).shape == (2, 10)
+
+
+def test_parameter_counts():
+    """The published sizes: encoder plus a 1000-way head (MAE's README and timm)."""
+    with torch.device("meta"):
+        count = {name: sum(p.numel() for p in ViT(**vit.SIZES[name], patch_size=14 if name == "huge" else 16,
+                                                  num_classes=1000).parameters()) for name in ("base", "large", "huge")}
+    assert count == {"base": 86_567_656, "large": 304_326_632, "huge": 632_045_800}
+
+
+def test_one_batch_is_overfitted():
+    model = tiny_vit(num_classes=10, pool="mean")
+    imgs, labels = data.draw_shapes(32, 32, seed=0)
+    imgs = imgs.float() / 127.5 - 1
+    optimizer = torch.optim.AdamW(vit.param_groups(model, 0.05), lr=2e-3)
+    for _ in range(40):
+        loss = F.cross_entropy(model(imgs), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 1.0
+
+
+# ---- optimisation ----
+
+
+def test_layer_decay_and_weight_decay_groups():
+    """Scales decay^(depth + 1 - id) by layer; no decay for 1-D tensors, class token and positions; frozen left out."""
+    model = tiny_vit(num_classes=10, pos="sincos")
+    scales = {}
+    for group in vit.param_groups(model, 0.05, layer_decay=0.5):
+        for p in group["params"]:
+            scales[id(p)] = (group["lr_scale"], group["weight_decay"])
+    parameters = dict(model.named_parameters())
+    wanted = {"cls_token": (0.5 ** 4, 0), "patch_embed.proj.weight": (0.5 ** 4, 0.05), "patch_embed.proj.bias": (0.5 ** 4, 0),
+              "blocks.0.attn.qkv.weight": (0.5 ** 3, 0.05), "blocks.2.norm1.weight": (0.5, 0), "norm.weight": (1, 0),
+              "head.weight": (1, 0.05), "head.bias": (1, 0)}
+    assert {name: scales[id(parameters[name])] for name in wanted} == wanted
+    assert id(model.pos_embed) not in scales
+
+
+def test_lars_against_its_formula():
+    """Two steps on a matrix and a vector, by hand."""
+    torch.manual_seed(0)
+    weight, bias = torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4))
+    mine = [weight.detach().clone(), bias.detach().clone()]
+    optimizer, momenta = vit.LARS([weight, bias], lr=0.5), [0, 0]
+    for _ in range(2):
+        gradients = [torch.randn(4, 3), torch.randn(4)]
+        weight.grad, bias.grad = gradients[0].clone(), gradients[1].clone()
+        optimizer.step()
+        gradients[0] = gradients[0] * 0.001 * mine[0].norm() / gradients[0].norm()
+        for i in range(2):
+            momenta[i] = 0.9 * momenta[i] + gradients[i]
+            mine[i] = mine[i] - 0.5 * momenta[i]
+    assert torch.allclose(weight, mine[0], atol=1e-6) and torch.allclose(bias, mine[1], atol=1e-6)
+
+
+def test_ema_formula():
+    a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    wanted = [0.9 * p.detach() + 0.1 * q.detach() for p, q in zip(a.parameters(), b.parameters())]
+    vit.update_ema(a, b, 0.9)
+    assert all(torch.allclose(p, w) for p, w in zip(a.parameters(), wanted))
+
+
+# ---- loading ----
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s},
+                                  lambda s: {"student": {}, "teacher": {f"module.backbone.{k}": v for k, v in s.items()},
+                                             "args": argparse.Namespace(arch="vit_tiny"), "epoch": 3}])
+def test_foreign_files(tmp_path, wrap):
+    """timm, MAE and DINO layouts: wrappers and prefixes go, the size is read off, another grid is interpolated."""
+    torch.manual_seed(0)
+    source = ViT(**vit.SIZES["tiny"], img_size=32, patch_size=4, num_classes=10)
+    torch.save(wrap(source.state_dict()), tmp_path / "file.pth")
+    state, config, mean, _ = vit.read_encoder(tmp_path / "file.pth")
+    assert (config["embed_dim"], config["depth"], config["num_heads"], config["patch_size"]) == (192, 12, 3, 4)
+    assert config["img_size"] == 32 and mean == data.IMAGENET_STATS[0]
+    model = ViT(**config)
+    vit.load_weights(model, state, "file.pth")
+    imgs = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.features(imgs), source.features(imgs))
+    larger = ViT(**config | {"img_size": 48})
+    vit.load_weights(larger, state, "file.pth")
+    assert torch.equal(larger.pos_embed, vit.interpolate_pos_embed(source.pos_embed, 12))
+
+
+def test_mae_files_leave_their_decoder(tmp_path):
+    """A full MAE checkpoint loads without its decoder; for mean pooling `norm` is dropped and `fc_norm` is new."""
+    source = ViT(**vit.SIZES["tiny"], img_size=32, patch_size=4)
+    extra = {"mask_token": torch.zeros(1, 1, 96), "decoder_pos_embed": torch.zeros(1, 65, 96),
+             "decoder_blocks.0.norm1.weight": torch.zeros(96)}
+    torch.save({"model": source.state_dict() | extra}, tmp_path / "file.pth")
+    state, config, _, _ = vit.read_encoder(tmp_path / "file.pth")
+    assert not set(extra) & set(state)
+    model = ViT(**config | {"pool": "mean", "num_classes": 10})
+    vit.load_weights(model, state, "file.pth")
+    assert (model.fc_norm.weight == 1).all()
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda s: s.pop("blocks.3.attn.qkv.weight"), "blocks.3.attn.qkv.weight"),
+    (lambda s: s.update({"blocks.0.attn.extra": torch.zeros(1)}), "blocks.0.attn.extra"),
+    (lambda s: s.update({"dist_token": torch.zeros(1, 1, 192)}), "dist_token"),
+    (lambda s: s.update({"blocks.1.mlp.fc1.weight": torch.zeros(7, 192)}), "blocks.1.mlp.fc1.weight")])
+def test_a_file_that_does_not_fit_is_refused(tmp_path, capsys, change, named):
+    """Missing, unknown and misshapen tensors end in one sentence that names them, with exit status 2."""
+    state = ViT(**vit.SIZES["tiny"], img_size=32, patch_size=4).state_dict()
+    change(state)
+    torch.save(state, tmp_path / "file.pth")
+    state, config, _, _ = vit.read_encoder(tmp_path / "file.pth")
+    with pytest.raises(SystemExit) as stopped:
+        vit.load_weights(ViT(**config), state, tmp_path / "file.pth")
+    assert stopped.value.code == 2 and named in capsys.readouterr().err
+
+
+def test_no_code_is_run_by_a_file(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return print, ("executed",)
+    torch.save({"model": Evil()}, tmp_path / "file.pth")
+    with pytest.raises(SystemExit):
+        vit.read_encoder(tmp_path / "file.pth")
+    assert "executed" not in capsys.readouterr().out
+
+
+# ---- the judge ----
+
+
+def test_label_subset_is_balanced():
+    source = data.Images(torch.zeros(100, 3, 4, 4, dtype=torch.uint8), torch.arange(100) % 10, list("abcdefghij"), 0, 1)
+    part = vit.label_subset(source, 0.2)
+    assert part.labels.bincount().tolist() == [2] * 10
+    assert vit.label_subset(source, 0.01).labels.bincount().tolist() == [1] * 10
+
+
+def test_cls_attention_is_the_softmax():
+    """The picture's weights, times the values, give what the block's attention gives for the class token."""
+    model, imgs = tiny_vit().eval(), torch.randn(2, 3, 32, 32)
+    weights, taken = vit.cls_attention(model, imgs), []
+    assert weights.shape == (2, 3, 8, 8)
+    hook = model.blocks[-1].register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+    model.forward_features(imgs)
+    hook.remove()
+    attn, x = model.blocks[-1].attn, model.blocks[-1].norm1(taken[0])
+    q, k, v = attn.qkv(x).view(2, 65, 3, 3, 16).permute(2, 0, 3, 1, 4)
+    wanted = (q @ k.transpose(2, 3) / 4).softmax(-1)[:, :, 0, 1:]
+    assert torch.allclose(weights.flatten(2), wanted, atol=1e-6)
+
+
+def test_probe_norm_and_features():
+    """The linear probe is BatchNorm (batch statistics in training, running ones after), then one matrix."""
+    torch.manual_seed(0)
+    tokens = torch.randn(64, 5, 12) * 3 + 1
+    for feature, x in (("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(1))):
+        probe = vit.LinearProbe(12, 10, feature).train()
+        z = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-6).sqrt()
+        assert torch.allclose(probe(tokens), z @ probe.head.weight.T, atol=1e-5)
