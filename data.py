@@ -939,7 +939,7 @@ class Loader:
 
     def parts(self, step, files):
         for index in self.index_of(step):
-            yield self.batch(index, next(files) if files else None)
+            yield self.batch(index, None if files is None else next(files))
 
     def index_of(self, step):
         """Image numbers of this rank's share of a step: (accum_steps, batch_size / accum_steps / ranks)."""
