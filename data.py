@@ -894,14 +894,15 @@ class FileCrops(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         index, seed = key
-        torch.manual_seed(seed)  # the crop depends on the image and the epoch alone
         broken = -1
-        for other in range(index, index + 100):  # an unreadable file is replaced by the next one
-            other %= len(self.source)
-            try:
-                return crop_file(self.source.paths[other], self.views), self.source.labels[other], broken
-            except (OSError, SyntaxError, ValueError):
-                broken = index if broken < 0 else broken
+        with torch.random.fork_rng(devices=[]):  # without workers, a step draws on after this
+            torch.manual_seed(seed)  # the crop depends on the image and the epoch alone
+            for other in range(index, index + 100):  # an unreadable file is replaced by the next one
+                other %= len(self.source)
+                try:
+                    return crop_file(self.source.paths[other], self.views), self.source.labels[other], broken
+                except (OSError, SyntaxError, ValueError):
+                    broken = index if broken < 0 else broken
         raise RuntimeError(f"100 image files in a row cannot be read, from {self.source.paths[index]} on")
 
 
