@@ -875,10 +875,10 @@ def crop_file(path, views):
                 side = min(H, W) * (0.875 if view.size <= 224 else 1.0)
                 boxes.append(((H - side) / 2, (W - side) / 2, side, side))
         shrink = min(min(h, w) / view.size for (_, _, h, w), view in zip(boxes, kinds))
-        if shrink >= 2:
-            img.draft(None, (int(W / shrink), int(H / shrink)))
+        drafted = img.draft(None, (int(W / shrink), int(H / shrink))) if shrink >= 2 else None
+        right, bottom = drafted[1][2:] if drafted else (W, H)  # may lie inside the last pixel: W / 4, ...
         img = img.convert("RGB")
-    sx, sy = img.size[0] / W, img.size[1] / H
+    sx, sy = right / W, bottom / H
     crops = [img.resize((view.size, view.size), Image.Resampling.BICUBIC,
                         box=(left * sx, top * sy,
                              min((left + w) * sx, img.size[0]), min((top + h) * sy, img.size[1])))
