@@ -254,7 +254,7 @@ def find_set(name, data_dir):
         time.sleep(0.5)  # torchrun ends the waiting ranks if rank 0 fails
     with writing(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
-        for archive in archives:
+        for archive in [a for a in archives if (data_dir / a.file).exists()] or archives:
             path = data_dir / archive.file
             if path.exists() and (wrong := mismatch(path, archive)):
                 stop(f"{path} {wrong}: delete it (a new one is downloaded) or put the whole file there")
