@@ -186,7 +186,10 @@ def fetch(archive, data_dir):
 
 
 def download(url, part, size):
-    """Fetch `url` to the file `part`, going on where it ends, with progress on a terminal."""
+    """Fetch `url` to the file `part`, going on where it ends, with progress on a terminal.
+
+    Raises OSError if another size is offered, or the connection breaks off: what came is kept.
+    """
     done = part.stat().st_size if part.exists() else 0
     if done >= size:
         return
@@ -194,12 +197,16 @@ def download(url, part, size):
     with urllib.request.urlopen(request, timeout=30) as reply:
         resumed = reply.status == 206  # a server that knows no ranges starts again at 0
         done = done if resumed else 0
+        if (whole := done + int(reply.headers.get("Content-Length", size - done))) != size:
+            raise OSError(f"offers {whole:,} bytes where {size:,} are expected")
         with open(part, "ab" if resumed else "wb") as file:
             while chunk := reply.read(1 << 20):
                 file.write(chunk)
                 done += len(chunk)
                 if sys.stderr.isatty():
                     print(f"\r{url}  {done / 1e6:.0f} of {size / 1e6:.0f} MB ", end="", file=sys.stderr)
+    if done < size:
+        raise OSError(f"broke off after {done:,} of {size:,} bytes")
 
 
 def mismatch(path, archive):
