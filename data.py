@@ -30,6 +30,7 @@ import tarfile
 import time
 import urllib.request
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,10 +241,11 @@ def unpack(path, folder):
                 with (archive.open(member) if zipped else archive.extractfile(member)) as source:
                     with open(target, "wb") as file:
                         shutil.copyfileobj(source, file)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        (temporary / folder.name).replace(folder)               # the archives hold exactly one folder
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         stop(f"{path} cannot be unpacked ({error}): delete it and download it again")
-    (temporary / folder.name).replace(folder)                   # the archives hold exactly one folder
-    shutil.rmtree(temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def find_set(name, data_dir):
