@@ -1,7 +1,7 @@
 """How fast is it, against what this machine could give? A script; pytest does not collect it.
 
-A training step (forward, backward, AdamW, as in the method's own loop) is timed on random inputs that already lie on the
-device, in turns with plain matrix products of the same precision, so that both meet the same machine. Printed:
+A training step (forward, backward, AdamW, as in the method's own loop) is timed on random inputs that already
+lie on the device, in turns with plain matrix products of the same precision: both meet the same machine.
 
     images/s      from the median step
     memory        the peak: of the GPU, or of this process
@@ -10,11 +10,11 @@ device, in turns with plain matrix products of the same precision, so that both 
     of matmul     GFLOP/s as a share of this machine's own best matmul: 2048^3, or the model's MLP shapes
     others        what other processes took of the CPU meanwhile: over 5%, nothing here can be trusted
 
-    python tests/bench.py                                  # a short table: ViT-B/16 at batch 8, and the CIFAR recipe
+    python tests/bench.py                        # a table: MAE ViT-B/16 at batch 8; the CIFAR recipe
     python tests/bench.py --method vit --model tiny --batch_size 256 --dtype bfloat16
     python tests/bench.py --model base --img_size 224 --patch_size 16 --batch_size 256 \\
         --device cuda --dtype bfloat16 --compile
-    python tests/bench.py --input                          # augmentation, block masks, JPEG decoding
+    python tests/bench.py --input                # augmentation, block masks, JPEG decoding
 """
 import argparse
 import os
@@ -58,9 +58,11 @@ def mae(args):
 def vit(args):
     classes = 1000 if args.img_size > 64 else 10
     model = ViT(args.img_size, args.patch_size, **SIZES[args.model], num_classes=classes, pool="mean")
-    target = torch.full((args.batch_size, classes), 1 / classes, device=args.device)        # of mixup: soft labels
-    return model, param_groups(model, 0.05), \
-        lambda net, imgs: -(target * net(imgs).float().log_softmax(-1)).sum(-1).mean()
+    target = torch.full((args.batch_size, classes), 1 / classes, device=args.device)  # soft: mixup
+
+    def loss_of(net, imgs):
+        return -(target * net(imgs).float().log_softmax(-1)).sum(-1).mean()
+    return model, param_groups(model, 0.05), loss_of
 
 
 METHODS = {"mae": mae, "vit": vit}
@@ -82,9 +84,9 @@ def seconds(work, args, times=1):
 
 
 def in_turns(works, args, at_least=0.2):
-    """Median seconds of each of `works` {name: function}: all are run in turns, so that they meet the same machine.
+    """Run `works` {name: function} in turns, each for `at_least` seconds or one call.
 
-    Each turn of a work lasts `at_least` seconds or one call. -> {name: median}, {name: all}
+    -> {name: median seconds of a call}, {name: seconds of every turn}
     """
     times = {name: max(1, round(at_least / seconds(work, args))) for name, work in works.items()}
     runs = {name: [] for name in works}
@@ -94,32 +96,21 @@ def in_turns(works, args, at_least=0.2):
     return {name: statistics.median(run) for name, run in runs.items()}, runs
 
 
-def cpu_seconds():
-    """CPU seconds used so far: by everybody on this machine, None where there is no /proc/stat; by this process."""
+def cpu_clock():
+    """-> now, CPU seconds of all processes (nan where there is no /proc/stat), of this process."""
     try:
         user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        everybody = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     except OSError:
-        return None, time.process_time()
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK"), time.process_time()
+        everybody = float("nan")
+    return time.perf_counter(), everybody, time.process_time()
 
 
-class Others:
-    """`with Others() as others:` measures `others.share`, what other processes take of the CPU."""
-
-    def __enter__(self):
-        self.start, (self.all, self.own) = time.perf_counter(), cpu_seconds()
-        return self
-
-    def __exit__(self, *error):
-        everybody, own = cpu_seconds()
-        self.share = float("nan")
-        if everybody is not None:
-            taken = everybody - self.all - (own - self.own)
-            self.share = max(0.0, taken / ((time.perf_counter() - self.start) * os.cpu_count()))
-
-    def warn(self):
-        if self.share > 0.05:
-            print(f"WARNING: other processes took {self.share:.0%} of the CPU: measure again on a quiet machine")
+def others_since(start):
+    """In words, what other processes took of the CPU since `start = cpu_clock()`."""
+    wall, everybody, own = (now - then for now, then in zip(cpu_clock(), start))
+    share = (everybody - own) / (wall * os.cpu_count())
+    return f"others {abs(share):.1%}" + " WARNING: measure again on a quiet machine" * (share > 0.05)
 
 
 def peak_memory(args):
@@ -132,8 +123,8 @@ def peak_memory(args):
 def count_flops(model, loss_of, imgs):
     """FLOP of one forward and backward pass, and the MLP shapes (rows, width, hidden) of the model.
 
-    The counter knows matrix products. It does not see the CPU kernel of scaled_dot_product_attention, so attention is
-    written out for this one pass, which runs without torch.compile and in float32.
+    The counter does not see the CPU kernel of scaled_dot_product_attention, so attention is written out for this
+    one pass, which runs without torch.compile and in float32.
     """
     shapes = set()
 
@@ -176,17 +167,16 @@ def bench_steps(args):
     for m, k, n in sizes:
         a, b = (torch.randn(s, device=args.device).to(dtype) for s in ((m, k), (k, n)))
         works[m, k, n] = lambda a=a, b=b: a @ b
-    with Others() as others:
-        median, runs = in_turns(works, args)
-    rate, (matmul, (m, k, n)) = flops / median["step"], max((2 * s[0] * s[1] * s[2] / median[s], s) for s in sizes)
-    spread = [f"{t / median['step'] - 1:+.0%}" for t in (min(runs["step"]), max(runs["step"]))]
-    print(f"{args.method} {args.model}/{args.patch_size} {args.img_size}px batch {args.batch_size} {args.dtype}"
-          f"{' compiled' * bool(args.compile)}, {device_name(args)}\n"
-          f"  {args.batch_size / median['step']:.1f} images/s, {median['step']:.4g} s/step ({spread[0]} to {spread[1]}), "
-          f"{memory / 2**30:.2f} GiB, {flops / 1e9:.1f} GFLOP/step\n"
-          f"  {rate / 1e9:.1f} GFLOP/s = {rate / matmul:.0%} of matmul ({matmul / 1e9:.1f} at {m} x {k} x {n}), "
-          f"others {others.share:.1%}", flush=True)
-    others.warn()
+    start = cpu_clock()
+    median, runs = in_turns(works, args)
+    took, rate = median["step"], flops / median["step"]
+    matmul, (m, k, n) = max((2 * m * k * n / median[m, k, n], (m, k, n)) for m, k, n in sizes)
+    print(f"{args.method} {args.model}/{args.patch_size} {args.img_size} px, batch {args.batch_size}, "
+          f"{args.dtype}{', compiled' * args.compile}, {device_name(args)}\n"
+          f"  {args.batch_size / took:.1f} images/s, {took:.4g} s/step ({min(runs['step']):.4g} to "
+          f"{max(runs['step']):.4g}), {memory / 2**30:.2f} GiB, {flops / 1e9:.1f} GFLOP/step\n"
+          f"  {rate / 1e9:.1f} GFLOP/s = {rate / matmul:.0%} of matmul "
+          f"({matmul / 1e9:.1f} at {m} x {k} x {n}), {others_since(start)}", flush=True)
 
 
 def device_name(args):
@@ -215,23 +205,22 @@ def bench_augmentation(args):
     mean, std = data.STATS["cifar10"]
     works = {name: lambda views=views: data.make_views(data.crop_in_memory(imgs, views), views, mean, std)
              for name, views in INPUT.items()}
-    works["block masks, 75 of 14 x 14"] = \
-        lambda: data.blockwise_mask(args.batch_size, 14, 75, 16, device=args.device)
-    with Others() as others:
-        median, _ = in_turns(works, args)
-    print(f"batches of {args.batch_size} images of 32 px, {device_name(args)}, others {others.share:.1%}")
-    for name, time_taken in median.items():
-        print(f"  {name:48} {args.batch_size / time_taken:10,.0f} a second", flush=True)
-    others.warn()
+    works["block masks, 75 of 14 x 14"] = lambda: data.blockwise_mask(
+        args.batch_size, 14, 75, 16, device=args.device)
+    start = cpu_clock()
+    median, _ = in_turns(works, args)
+    print(f"batches of {args.batch_size} images of 32 px, {device_name(args)}, {others_since(start)}")
+    for name, took in median.items():
+        print(f"  {name:48} {args.batch_size / took:10,.0f} a second", flush=True)
 
 
 def photo(g, height=375, width=500):
-    """(3, H, W) uint8 with the spectrum of a photograph: noise of all scales from 128 pixels to one, mostly grey."""
+    """(3, H, W) uint8, like a photograph: noise of all scales from 128 pixels to one, mostly grey."""
     layers = 0
     for scale in (2 ** k for k in range(8)):
         noise = torch.randn(1, 4, height // scale + 2, width // scale + 2, generator=g)
         noise = F.interpolate(noise, size=(height, width), mode="bicubic")[0]                # (4, H, W)
-        layers = layers + scale ** 0.4 * (noise[:1] + 0.3 * noise[1:])  # tuned to 3 bits a pixel at quality 90
+        layers = layers + scale ** 0.4 * (noise[:1] + 0.3 * noise[1:])  # 3 bits a pixel at quality 90
     return (120 + 55 * layers / layers.std()).clamp(0, 255).to(torch.uint8)
 
 
@@ -239,58 +228,57 @@ def crop_plain(path, views):
     """What data.crop_file does, the plain way: decode all of the image, crop, resize."""
     img, crops = Image.open(path).convert("RGB"), []
     for view in views:
-        for top, left, h, w in data.random_boxes(view.count, img.height, img.width, view.scale, view.ratio).tolist():
-            crop = img.crop((left, top, left + w, top + h)).resize((view.size, view.size), Image.Resampling.BICUBIC)
+        boxes = data.random_boxes(view.count, img.height, img.width, view.scale, view.ratio)
+        for top, left, h, w in boxes.tolist():
+            crop = img.crop((left, top, left + w, top + h))
+            crop = crop.resize((view.size, view.size), Image.Resampling.BICUBIC)
             crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))
     return crops
 
 
 def bench_jpeg(args, number=32):
-    """data.crop_file beside the plain way, on one core: images/s, and how far their pixels differ."""
-    g, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, Others() as others:
+    """data.crop_file beside the plain way, on one thread: images/s, and how far their pixels differ."""
+    g = torch.Generator().manual_seed(0)
+    torch.set_num_threads(1)                                    # as in a DataLoader worker
+    with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, f"{i}.jpg") for i in range(number)]
         for path in paths:
             Image.fromarray(photo(g).permute(1, 2, 0).numpy()).save(path, quality=90)
         size = sum(path.stat().st_size for path in paths) / number
-        print(f"random crops (0.2-1) of 500 x 375 JPEG files of {size / 1e3:.0f} kB, one core")
+        print(f"random crops (0.2-1) of {number} JPEG files, 500 x 375, {size / 1e3:.0f} kB each, one thread")
 
         def crops(crop, views):
             torch.manual_seed(0)                                # the same boxes for both
             return [crop(path, views)[0] for path in paths]
 
         for px in (224, 112, 96):
-            views = [data.View(px, scale=(0.2, 1.0))]
-            works = {name: lambda crop=crop: crops(crop, views) for name, crop in
-                     (("plain", crop_plain), ("ours", data.crop_file))}
-            median, runs = in_turns(works, args)
+            views, start = [data.View(px, scale=(0.2, 1.0))], cpu_clock()
+            median, runs = in_turns({"plain": lambda: crops(crop_plain, views),
+                                     "ours": lambda: crops(data.crop_file, views)}, args)
+            others = others_since(start)
             ratio = statistics.median(a / b for a, b in zip(runs["plain"], runs["ours"]))
-            difference = torch.stack([(a.float() - b.float()).abs().mean() for a, b in zip(
-                crops(crop_plain, views), crops(data.crop_file, views))])
-            print(f"  {px:3} px: {number / median['ours']:6,.0f} images/s, plain {number / median['plain']:6,.0f}: "
-                  f"x {ratio:.2f}; mean difference {difference.mean():.2f} / 255 (worst image {difference.max():.2f})",
-                  flush=True)
-    torch.set_num_threads(threads)
-    print(f"  others {others.share:.1%}")
-    others.warn()
+            pairs = zip(crops(crop_plain, views), crops(data.crop_file, views))
+            far = torch.stack([(a.float() - b.float()).abs().mean() for a, b in pairs])
+            ours, plain = number / median["ours"], number / median["plain"]
+            print(f"  {px:3} px: {ours:,.0f} images/s, plain {plain:,.0f}: x {ratio:.2f}; mean difference "
+                  f"{far.mean():.2f} / 255 (worst image {far.max():.2f}), {others}", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="mae")
     parser.add_argument("--model", choices=SIZES, default="tiny")
     parser.add_argument("--img_size", type=int, default=32)
     parser.add_argument("--patch_size", type=int, default=4)
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--dtype", choices=AMP, default="float32", help="of autocast, and of the matmul beside it")
+    parser.add_argument("--dtype", choices=AMP, default="float32", help="of autocast and of the matmul")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--repeats", type=int, default=7, help="turns; the median is printed")
-    parser.add_argument("--input", action="store_true", help="measure the augmentation and the JPEG path instead")
+    parser.add_argument("--input", action="store_true", help="measure augmentation and JPEG decoding")
     args = parser.parse_args()
     if len(sys.argv) == 1:
-        for flags in TABLE:                                     # each in its own process, for its own peak memory
+        for flags in TABLE:  # each in its own process, for its own peak memory
             subprocess.run([sys.executable, __file__, *flags.split()], check=True)
     elif args.input:
         bench_augmentation(args)
@@ -298,6 +286,8 @@ def main():
     else:
         if args.img_size % args.patch_size:
             data.stop(f"--img_size {args.img_size} is not divisible by --patch_size {args.patch_size}")
+        if args.device == "cpu" and args.dtype == "float16":
+            data.stop("--dtype float16 is for GPUs: use --dtype bfloat16 on a CPU")
         if args.device == "cuda" and not torch.cuda.is_available():
             data.stop("--device cuda was asked for but torch sees no CUDA GPU")
         bench_steps(args)
