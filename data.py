@@ -302,6 +302,11 @@ class ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"refuses to build {module}.{name}")
 
 
+def unpickle(path):
+    with open(path, "rb") as stream:
+        return ArrayUnpickler(stream, encoding="bytes").load()
+
+
 def read_cifar(name, data_dir, train):
     """CIFAR-10 or -100 from its binary or its python layout. -> imgs (n, 3, 32, 32), labels (n,), classes"""
     folder, archive = find_set(name, data_dir)
@@ -309,29 +314,28 @@ def read_cifar(name, data_dir, train):
     files = ([f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]) if ten else \
         ["train" if train else "test"]
     imgs, labels = [], []
-    for file in files:
-        path = folder / (file + ".bin" if binary else file)
-        records = 10_000 if ten or not train else 50_000
-        try:
+    records = 10_000 if ten or not train else 50_000
+    try:
+        for file in files:
+            path = folder / (file + ".bin" if binary else file)
             if binary:
-                rows = np.fromfile(path, np.uint8).reshape(records, -1)  # labels, then 3072 pixels
+                rows = np.fromfile(path, np.uint8).reshape(records, 3073 if ten else 3074)
                 imgs.append(rows[:, -3072:])
                 labels.append(rows[:, -3073])  # the last label is the fine one
             else:
-                with open(path, "rb") as stream:
-                    batch = ArrayUnpickler(stream, encoding="bytes").load()
+                batch = unpickle(path)
                 imgs.append(batch[b"data"].reshape(records, 3072))
-                labels.append(np.array(batch[b"labels" if ten else b"fine_labels"]))
-        except (OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            stop(f"{path} is missing or damaged ({error}): "
-                 f"delete {folder} to have it unpacked or downloaded again")
-    if binary:
-        meta = folder / ("batches.meta.txt" if ten else "fine_label_names.txt")
-        classes = meta.read_text().split() if meta.exists() else [str(k) for k in range(10 if ten else 100)]
-    else:
-        with open(folder / ("batches.meta" if ten else "meta"), "rb") as stream:
-            meta = ArrayUnpickler(stream, encoding="bytes").load()
-        classes = [c.decode() for c in meta[b"label_names" if ten else b"fine_label_names"]]
+                labels.append(np.array(batch[b"labels" if ten else b"fine_labels"]).reshape(records))
+        if binary:
+            path = folder / ("batches.meta.txt" if ten else "fine_label_names.txt")
+            classes = path.read_text().split()
+        else:
+            path = folder / ("batches.meta" if ten else "meta")
+            classes = [c.decode() for c in unpickle(path)[b"label_names" if ten else b"fine_label_names"]]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError,
+            pickle.UnpicklingError) as error:                   # all that a damaged pickle may raise
+        stop(f"{path} is missing or damaged ({error}): "
+             f"delete {folder} to have it unpacked or downloaded again")
     imgs = torch.from_numpy(np.concatenate(imgs)).view(-1, 3, 32, 32)
     return imgs, torch.from_numpy(np.concatenate(labels)).long(), classes
 
