@@ -443,7 +443,7 @@ def load_sets(args):
 
 def load_folders(root, args):
     """root/train/<class>/* and root/val/<class>/*; or root/<class>/* with --holdout. -> Folder, Folder"""
-    if (root / "train").is_dir():
+    if (root / "train").is_dir() or (root / "val").is_dir():
         paths, labels, classes = scan_folder(root / "train")
         train = Folder(paths, torch.tensor(labels), classes, *IMAGENET_STATS)
         if args.holdout:
