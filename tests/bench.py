@@ -123,8 +123,8 @@ def peak_memory(args):
 def count_flops(model, loss_of, imgs):
     """FLOP of one forward and backward pass, and the MLP shapes (rows, width, hidden) of the model.
 
-    The counter does not see the CPU kernel of scaled_dot_product_attention, so attention is written out for this
-    one pass, which runs without torch.compile and in float32.
+    The counter does not see the CPU kernel of scaled_dot_product_attention, so attention is written out for
+    this one pass, which runs without torch.compile and in float32.
     """
     shapes = set()
 
