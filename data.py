@@ -1177,11 +1177,17 @@ def setup(args):
     if rank() == 0:
         with writing(folder):
             (folder / "pictures").mkdir(parents=True, exist_ok=True)
-            about = {"flags": args.flags, "command": " ".join(sys.argv), "commit": git_commit(),
-                     "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "hardware": hardware(args)}
-            (folder / "args.json").write_text(json.dumps(about, indent=1))
+        if not (args.resume and (folder / "args.json").exists()):
+            save_args(args)
     return torch.device(args.device)
+
+
+def save_args(args):
+    """args.json: the flags (what --resume reads), and what else is needed to repeat the run."""
+    about = {"flags": args.flags, "command": " ".join(sys.argv), "commit": git_commit(),
+             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+             "hardware": hardware(args)}
+    write_text(json.dumps(about, indent=1), Path(args.output_dir) / "args.json")
 
 
 def git_commit():
@@ -1263,7 +1269,9 @@ class Log:
             lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
             lines = [line for line in lines if line["step"] <= start and start > 0]
             self.before = lines[-1]["seconds"] if lines else 0.0
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            write_text("".join(json.dumps(line) + "\n" for line in lines), self.path)
+        if args.resume and rank() == 0:
+            save_args(args)                                     # not before last.pt has proved to fit
         self.began = self.window = time.perf_counter()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
@@ -1392,6 +1400,14 @@ def save_atomically(content, path):
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_text(text, path):
+    """The same for a text file."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        temporary.write_text(text)
     temporary.replace(path)
 
 

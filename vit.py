@@ -844,7 +844,7 @@ def main():
     result = {"mode": mode, "data": args.data, "init": init or "random", "seed": args.seed,
               "label_fraction": args.label_fraction} | judge(args, train_set, val_set, model)
     if data.rank() == 0:
-        (Path(args.output_dir) / "result.json").write_text(json.dumps(result, indent=1))
+        data.write_text(json.dumps(result, indent=1), Path(args.output_dir) / "result.json")
         numbers = ", ".join(f"{k} {v:.2f}" for k, v in result.items()
                             if isinstance(v, float) and k != "label_fraction")
         print(f"result ({mode}, {args.data}, {init or 'random encoder'}): {numbers}", flush=True)
