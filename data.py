@@ -1054,6 +1054,17 @@ def peek(name, default, choices=None):
     return getattr(parser.parse_known_args()[0], name)
 
 
+def resumes():
+    """Is a run to be continued, by --resume or because torchrun restarted it?"""
+    return "--resume" in sys.argv or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def resumed_flags(output_dir):
+    """The flags of the run that is to be continued, {} if there is none."""
+    path = Path(output_dir) / "args.json"
+    return json.loads(path.read_text())["flags"] if resumes() and path.exists() else {}
+
+
 def parse_args(doc, recipes, flags, folder=None):
     """The flags of a script: from the command line, else the resumed run, else its recipe, else the default.
 
@@ -1096,14 +1107,11 @@ def parse_args(doc, recipes, flags, folder=None):
     # two passes: the first finds what the defaults depend on, the second reads (or shows) the flags with them
     data_name = peek("data", COMMON["data"][0])
     output_dir = peek("output_dir", "") or f"{folder}-{Path(data_name).name}"
-    resume = "--resume" in sys.argv or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
-    kept = {}
-    if resume and (Path(output_dir) / "args.json").exists():
-        kept = json.loads((Path(output_dir) / "args.json").read_text())["flags"]
+    kept = resumed_flags(output_dir)
     values = column(peek("data", kept.get("data", data_name)), peek("model", kept.get("model")))
     values |= {name: kept[name] for name in kept if name in values}
     typed = vars(parser(values).parse_args())
-    args = argparse.Namespace(**values | typed | {"output_dir": output_dir, "resume": resume})
+    args = argparse.Namespace(**values | typed | {"output_dir": output_dir, "resume": resumes()})
     if "lr" in typed or "blr" in typed:  # the typed one of the two wins over the recipe's
         args.lr, args.blr = typed.get("lr", 0.0), typed.get("blr", 0.0)
     args.method, args.flags = Path(folder).name, dict(vars(args))

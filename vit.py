@@ -821,7 +821,9 @@ def pictures(args, model, val_set):
 
 
 def main():
-    mode, init = data.peek("mode", "train", tuple(RECIPES)), data.peek("init", "")
+    kept = data.resumed_flags(data.peek("output_dir", ""))
+    mode = data.peek("mode", kept.get("mode", "train"), tuple(RECIPES))
+    init = data.peek("init", kept.get("init", ""))
     folder = f"{Path(init).with_suffix('')}-{mode}" if init else f"out/vit-{mode}"
     flags = {name: text for name, text in FLAGS.items() if name in RECIPES[mode]}
     args = data.parse_args(__doc__, RECIPES[mode], flags, folder)
