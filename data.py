@@ -1312,7 +1312,7 @@ class Log:
             stop(f"{', '.join(f'{k} {v}' for k, v in zip(tensors, averages))} at step {step + 1}: "
                  f"try a smaller --lr, --clip_grad 1 or --amp none; "
                  f"the last good checkpoint is {self.args.output_dir}/last.pt")
-        self.interrupted = stopped > 0
+        self.interrupted = stopped > 0 and step + 1 < self.loader.total_steps   # else there is nothing to resume
         now = time.perf_counter()
         values["images/s"] = round(self.count * self.args.batch_size / (now - self.window))
         self.sums, self.count, self.window = {}, 0, now

@@ -574,6 +574,7 @@ def supervised(args, train_set, val_set, model):
     classes = len(train_set.classes)
     data.describe(args, model, loader, f"ln {classes} = {math.log(classes):.3f}")
     log = data.Log(args, loader, start)
+    result = evaluate(args, ema, val_set) if start >= loader.total_steps else {}    # resumed after the last step
     for step, batch in loader.steps(start):
         lr = cosine_lr(step / loader.epoch_steps, args)
         set_lr(optimizer, lr)
@@ -708,9 +709,9 @@ def probe(args, train_set, val_set, encoder):
     classes = len(train_set.classes)
     encoder.requires_grad_(False).eval()                        # nothing frozen may be random
     model, optimizer = make_probes(args, encoder, classes)
+    model.register_buffer("right", torch.zeros(len(model)))     # correct training images of this epoch
     model.to(args.device)
     net = data.wrap(model, args)
-    right = torch.zeros(len(model), device=args.device)         # correct training images of the last epoch
     start = data.load_checkpoint(args, model=model, optimizer=optimizer)
     data.describe(args, model, loader, f"ln {classes} = {math.log(classes):.3f}")
     log = data.Log(args, loader, start)
@@ -718,7 +719,7 @@ def probe(args, train_set, val_set, encoder):
         lr = cosine_lr(step / loader.epoch_steps, args)
         set_lr(optimizer, lr)
         if not step % loader.epoch_steps:
-            right.zero_()
+            model.right.zero_()
         total = 0
         for (imgs,), labels in batch:
             with torch.no_grad(), data.autocast(args):
@@ -727,7 +728,7 @@ def probe(args, train_set, val_set, encoder):
             loss = sum(F.cross_entropy(one, labels) for one in logits) / args.accum_steps
             loss.backward()
             total = total + loss.detach() / len(model)
-            right += (logits.argmax(-1) == labels).sum(1)
+            model.right += data.all_sum((logits.argmax(-1) == labels).sum(1))
         optimizer.step()
         optimizer.zero_grad()
         log.step(step, loss=total, lr=lr)
@@ -735,19 +736,24 @@ def probe(args, train_set, val_set, encoder):
             data.save_checkpoint(args, step + 1, model=model, optimizer=optimizer)
         if log.interrupted:
             break
-    result = {} if log.interrupted else judge_probes(args, encoder, model, data.all_sum(right), val_set)
-    log.write(step + 1, **{name: value for name, value in result.items() if not isinstance(value, dict)})
+    result = {}
+    if not log.interrupted:
+        result = judge_probes(args, encoder, model, val_set)
+        log.write(loader.total_steps, **{name: v for name, v in result.items() if not isinstance(v, dict)})
     log.finish()
     return result
 
 
 @torch.no_grad()
-def judge_probes(args, encoder, model, right, val_set):
+def judge_probes(args, encoder, model, val_set):
     """Accuracy in % of all probes on the validation images. For each feature the learning rate that was
     right most often on the training images of the last epoch is the one reported: the validation images
     choose nothing.
     """
     model.eval()
+    for buffer in model.buffers():                              # the mean of BatchNorm's statistics over the ranks
+        if buffer.is_floating_point():
+            data.all_sum(buffer).div_(data.world_size())
     sums = torch.zeros(len(model) + 1, device=args.device)
     for (imgs,), labels in data.Loader(args, val_set, [data.View(args.img_size)], train=False):
         with data.autocast(args):
@@ -758,7 +764,7 @@ def judge_probes(args, encoder, model, right, val_set):
     names = [name.replace("_", ".") for name in model]
     result = {"all": {name: hit / seen * 100 for name, hit in zip(names, hits)}}
     for feature in dict.fromkeys(name.split()[0] for name in names):
-        best = max((r, name) for r, name in zip(right.tolist(), names) if name.startswith(feature))[1]
+        best = max((r, name) for r, name in zip(model.right.tolist(), names) if name.startswith(feature))[1]
         result |= {feature: result["all"][best], f"{feature}_blr": float(best.split()[1])}
     return result
 
