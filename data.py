@@ -1310,8 +1310,7 @@ class Log:
         values = self.sums | dict(zip(tensors, averages))
         if not all(math.isfinite(v) for v in averages):
             stop(f"{', '.join(f'{k} {v}' for k, v in zip(tensors, averages))} at step {step + 1}: "
-                 f"try a smaller --lr, --clip_grad 1 or --amp none; "
-                 f"the last good checkpoint is {self.args.output_dir}/last.pt")
+                 f"{diverged(self.args)}")
         self.interrupted = stopped > 0 and step + 1 < self.loader.total_steps   # else there is nothing to resume
         now = time.perf_counter()
         values["images/s"] = round(self.count * self.args.batch_size / (now - self.window))
@@ -1434,10 +1433,7 @@ def save_checkpoint(args, step, **parts):
     """Save the state of a run after `step` updates to last.pt; parts: what has a state_dict, plain values."""
     states = {name: part.state_dict() if hasattr(part, "state_dict") else part
               for name, part in parts.items()}
-    for name, value in states.get("model", {}).items():
-        if value.is_floating_point() and not value.isfinite().all():
-            stop(f"the weight {name} is not finite after step {step}: try a smaller --lr, --clip_grad 1 or "
-                 f"--amp none; the last good checkpoint is {args.output_dir}/last.pt")
+    check_weights(args, states["model"])
     if rank() == 0:
         save_atomically({"step": step, **states}, Path(args.output_dir) / "last.pt")
 
@@ -1472,8 +1468,23 @@ def compare_tensors(path, found, wanted):
              f"use the --model, --img_size and --patch_size of that run")
 
 
+def check_weights(args, weights):
+    """Exit with one sentence before weights that are not finite take the place of good ones."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            stop(f"the weight {name} is not finite: {diverged(args)}")
+
+
+def diverged(args):
+    """What to do about a loss or a weight that is not finite."""
+    path = Path(args.output_dir) / "last.pt"
+    return (f"try a smaller --lr, --clip_grad 1 or --amp none; "
+            f"{f'the last good checkpoint is {path}' if path.exists() else 'there is no checkpoint yet'}")
+
+
 def save_encoder(args, encoder, source):
     """encoder.pt: weights under timm's names, arguments that rebuild the ViT, the pixels' mean and std."""
+    check_weights(args, encoder.state_dict())
     if rank() == 0:
         content = {"model": encoder.state_dict(), "config": encoder.config,
                    "mean": source.mean, "std": source.std, "method": args.method, "data": args.data}

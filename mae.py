@@ -265,8 +265,8 @@ def main():
         if log.evaluates(step):
             evaluate(step + 1)
         if log.saves(step):
-            data.save_checkpoint(args, step + 1, model=model, optimizer=optimizer, scaler=scaler)
             data.save_encoder(args, encoder, train_set)
+            data.save_checkpoint(args, step + 1, model=model, optimizer=optimizer, scaler=scaler)
         if log.interrupted:
             break
     log.finish()

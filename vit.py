@@ -599,8 +599,8 @@ def supervised(args, train_set, val_set, model):
             result = evaluate(args, ema, val_set)
             log.write(step + 1, **result)
         if log.saves(step):
-            data.save_checkpoint(args, step + 1, **parts)
             data.save_encoder(args, ema, train_set)
+            data.save_checkpoint(args, step + 1, **parts)
         if log.interrupted:
             break
     if not log.interrupted:
