@@ -1311,7 +1311,7 @@ class Log:
         if not all(math.isfinite(v) for v in averages):
             stop(f"{', '.join(f'{k} {v}' for k, v in zip(tensors, averages))} at step {step + 1}: "
                  f"{diverged(self.args)}")
-        self.interrupted = stopped > 0 and step + 1 < self.loader.total_steps   # else there is nothing to resume
+        self.interrupted = stopped > 0 and step + 1 < self.loader.total_steps   # else nothing is left to do
         now = time.perf_counter()
         values["images/s"] = round(self.count * self.args.batch_size / (now - self.window))
         self.sums, self.count, self.window = {}, 0, now
@@ -1449,10 +1449,22 @@ def load_checkpoint(args, **parts):
              f"name another --output_dir")
     compare_tensors(path, states["model"], parts["model"].state_dict())
     for name, part in parts.items():
-        part.load_state_dict(states[name])
+        if isinstance(part, torch.optim.Optimizer):
+            keep_hyperparameters(path, states[name]["param_groups"], part.param_groups)
+        if states[name]:                                        # a GradScaler that did nothing has no state
+            part.load_state_dict(states[name])
     if rank() == 0:
         print(f"resuming {path} after step {states['step']}", flush=True)
     return states["step"]
+
+
+def keep_hyperparameters(path, groups, wanted):
+    """Put an optimiser's own weight decay etc. into the groups of a file: flags that are typed again win."""
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in wanted]:
+        stop(f"{path} belongs to an optimizer with other groups of parameters: resume with the flags of that "
+             f"run, or name another --output_dir")
+    for group, own in zip(groups, wanted):
+        group |= {name: value for name, value in own.items() if name != "params"}
 
 
 def compare_tensors(path, found, wanted):

@@ -574,7 +574,7 @@ def supervised(args, train_set, val_set, model):
     classes = len(train_set.classes)
     data.describe(args, model, loader, f"ln {classes} = {math.log(classes):.3f}")
     log = data.Log(args, loader, start)
-    result = evaluate(args, ema, val_set) if start >= loader.total_steps else {}    # resumed after the last step
+    result = evaluate(args, ema, val_set) if start >= loader.total_steps else {}    # of a complete run
     for step, batch in loader.steps(start):
         lr = cosine_lr(step / loader.epoch_steps, args)
         set_lr(optimizer, lr)
@@ -751,7 +751,7 @@ def judge_probes(args, encoder, model, val_set):
     choose nothing.
     """
     model.eval()
-    for buffer in model.buffers():                              # the mean of BatchNorm's statistics over the ranks
+    for buffer in model.buffers():                              # BatchNorm's statistics, of all ranks
         if buffer.is_floating_point():
             data.all_sum(buffer).div_(data.world_size())
     sums = torch.zeros(len(model) + 1, device=args.device)
