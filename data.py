@@ -1015,7 +1015,7 @@ COMMON = {  # flag: (default, help); a RECIPES table gives the defaults that dep
     "data_dir": ("data", "where data sets lie and are downloaded to; "
                          "ImageNet is looked for in data_dir/imagenet"),
     "output_dir": ("", "folder of this run (out/<method>-<data> if not given)"),
-    "model": ("tiny", "size of the Vision Transformer: micro, tiny, small, base, large, huge"),
+    "model": ("tiny", "size of the Vision Transformer"),
     "img_size": (32, "image side in pixels"),
     "patch_size": (4, "patch side in pixels"),
     "epochs": (100, "passes over the training images"),
@@ -1039,7 +1039,8 @@ COMMON = {  # flag: (default, help); a RECIPES table gives the defaults that dep
     "holdout": (0, "set this many training images aside and validate on them, to tune without the test set"),
     "resume": (False, "continue the run in output_dir, with its flags; flags typed again win"),
 }
-CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "amp": ("auto", "bf16", "fp16", "none")}
+CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "amp": ("auto", "bf16", "fp16", "none"),
+           "model": ("micro", "tiny", "small", "base", "large", "huge")}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1122,14 +1123,17 @@ def parse_args(doc, recipes, flags, folder=None):
 
 def check_args(args):
     """One sentence for each combination of flags that cannot run."""
+    least = dict.fromkeys(("img_size", "patch_size", "epochs", "batch_size", "accum_steps", "log_every",
+                           "eval_every", "save_every"), 1)
+    least |= dict.fromkeys(("lr", "blr", "warmup_epochs", "seed", "num_workers", "max_steps", "holdout"), 0)
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            stop(f"--{name} {getattr(args, name)} must be {value} or more")
     if args.img_size % args.patch_size:
-        near = round(args.img_size / args.patch_size) * args.patch_size
+        near = max(1, round(args.img_size / args.patch_size)) * args.patch_size
         stop(f"--img_size {args.img_size} is not divisible by --patch_size {args.patch_size}: "
              f"use --img_size {near}")
     share = world_size() * args.accum_steps
-    for name in ("epochs", "batch_size", "accum_steps", "log_every", "eval_every", "save_every"):
-        if getattr(args, name) < 1:
-            stop(f"--{name} {getattr(args, name)} must be 1 or more")
     if args.batch_size % share:
         low = args.batch_size // share * share
         stop(f"--batch_size {args.batch_size} does not divide over {world_size()} GPUs x {args.accum_steps} "
@@ -1163,9 +1167,10 @@ def setup(args):
     if args.device == "auto":
         args.device = ("cuda" if torch.cuda.is_available() else
                        "mps" if torch.backends.mps.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        stop("--device cuda was asked for but torch sees no CUDA GPU: "
-             "install a CUDA build of torch or use --device cpu")
+    seen = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not seen[args.device]:
+        stop(f"--device {args.device} was asked for but torch sees no such GPU: "
+             f"install a build of torch for it or use --device cpu")
     if args.device == "cuda":
         args.device = f"cuda:{local_rank()}"
         torch.cuda.set_device(args.device)

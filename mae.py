@@ -217,6 +217,9 @@ def main():
     if not 1 <= int(grid ** 2 * (1 - args.mask_ratio)) < grid ** 2:
         data.stop(f"--mask_ratio {args.mask_ratio} hides all or none of the {grid ** 2} patches: "
                   f"use a value like 0.75")
+    if args.decoder_heads < 1 or args.decoder_dim % args.decoder_heads or args.decoder_dim % 4:
+        data.stop(f"--decoder_dim {args.decoder_dim} must be divisible by 4 and by --decoder_heads "
+                  f"{args.decoder_heads}")
     device = data.setup(args)
     train_set, val_set = data.load_sets(args)
     view = {"none": data.View(args.img_size),

@@ -837,6 +837,10 @@ def main():
         data.stop("--mode finetune needs --init FILE; from scratch is --mode train")
     if mode == "train" and init:
         data.stop("--mode train starts from scratch: use --mode finetune with --init FILE")
+    if not 0 < args.label_fraction <= 1:
+        data.stop(f"--label_fraction {args.label_fraction} must be above 0 and at most 1")
+    if not re.fullmatch(r"[\d.]+(e-?\d+)?(,[\d.]+(e-?\d+)?)*", getattr(args, "blrs", "1")):
+        data.stop(f"--blrs {args.blrs} must be numbers with commas between them, like 0.1,1,10")
     data.setup(args)
     train_set, val_set = data.load_sets(args)
     if args.label_fraction < 1:
