@@ -1426,12 +1426,15 @@ def write_text(text, path):
 def load_file(path):
     """A file of torch.save, on the CPU, executing nothing. Raises: exits with one sentence if damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         stop(f"there is no file {path}: check the path")
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
-        stop(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}): it is truncated or of "
-             f"another kind; restore it from a copy or delete it")
+        stop(f"{path} cannot be read as a checkpoint ({(str(error) or 'it is empty').splitlines()[0]}): it is "
+             f"truncated or of another kind; restore it from a copy or delete it")
+    if not isinstance(content, dict):
+        stop(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+    return content
 
 
 def save_checkpoint(args, step, **parts):
