@@ -1540,8 +1540,10 @@ def save_rows(path, rows, title=""):
 
 def some_images(args, source, n=8):
     """The first n images of a data set as a model sees them in evaluation. -> (n, 3, s, s) normalised"""
-    (imgs,), _ = next(iter(Loader(args, source.subset(torch.arange(n)), [View(args.img_size)], train=False)))
-    return imgs if world_size() == 1 else imgs[:n]
+    index, loader = torch.arange(min(n, len(source))), Loader(args, source, [View(args.img_size)], train=False)
+    keys = [[(i, 0) for i in index.tolist()]]
+    streamed = next(iter(loader.workers(keys))) if isinstance(source, Folder) else None
+    return loader.batch(index, streamed)[0][0]
 
 
 # ---- k-NN ----

@@ -243,9 +243,9 @@ def main():
     log = data.Log(args, loader, start)
 
     def evaluate(step):
-        log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
         pictures(model, data.some_images(args, val_set), val_set,
                  Path(args.output_dir, "pictures", f"{step:06d}.png"))
+        log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
 
     if start == 0:
         evaluate(0)
