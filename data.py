@@ -1430,8 +1430,9 @@ def load_file(path):
     except FileNotFoundError:
         stop(f"there is no file {path}: check the path")
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
-        stop(f"{path} cannot be read as a checkpoint ({(str(error) or 'it is empty').splitlines()[0]}): it is "
-             f"truncated or of another kind; restore it from a copy or delete it")
+        reason = (str(error) or "it is empty").splitlines()[0]
+        stop(f"{path} cannot be read as a checkpoint ({reason}): it is truncated or of another kind; "
+             f"restore it from a copy or delete it")
     if not isinstance(content, dict):
         stop(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
@@ -1540,7 +1541,8 @@ def save_rows(path, rows, title=""):
 
 def some_images(args, source, n=8):
     """The first n images of a data set as a model sees them in evaluation. -> (n, 3, s, s) normalised"""
-    index, loader = torch.arange(min(n, len(source))), Loader(args, source, [View(args.img_size)], train=False)
+    loader = Loader(args, source, [View(args.img_size)], train=False)
+    index = torch.arange(min(n, len(source)))
     keys = [[(i, 0) for i in index.tolist()]]
     streamed = next(iter(loader.workers(keys))) if isinstance(source, Folder) else None
     return loader.batch(index, streamed)[0][0]
