@@ -1089,7 +1089,7 @@ def parse_args(doc, recipes, flags, folder=None):
         model = model or values["model"]
         for name, value in values.items():
             if isinstance(value, dict):
-                values[name] = value.get(model, value["base"])
+                values[name] = value.get(model, next(iter(value.values())))
         return values | {"data": data_name}
 
     def parser(values):
@@ -1348,6 +1348,7 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
         if not quiet:
+            self.window = time.perf_counter()  # images/s leaves evaluations out
             start = "\r\033[K" if sys.stderr.isatty() else ""
             print(f"{start}epoch {entry['epoch']:g}: "
                   + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
@@ -1391,7 +1392,9 @@ def clock(seconds):
 
 def curves(path):
     """Draw every number of log.jsonl over the epochs, into curves.png beside it."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not lines:
+        return
     names = sorted({name for line in lines for name in line} - {"step", "epoch", "seconds"})
     figure = Figure(figsize=(4.2 * min(3, len(names)), 2.8 * math.ceil(len(names) / 3)), layout="constrained")
     for i, name in enumerate(names):
