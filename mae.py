@@ -194,7 +194,7 @@ def pictures(model, imgs, source, path):
     noise = torch.rand(len(imgs), model.grid ** 2, generator=torch.Generator().manual_seed(0)).to(imgs.device)
     if model.sampling != "random":
         noise = None
-    loss, pred, mask = model(imgs, noise)
+    loss, pred, mask = model.forward(imgs, noise)               # other shapes: not to be compiled
     model.train()
     p, note = model.patch_size, ""
     if model.norm_pix_loss:  # the prediction has no brightness and contrast of its own

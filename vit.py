@@ -622,7 +622,7 @@ def evaluate(args, model, val_set):
     sums = torch.zeros(3, device=args.device)
     for (imgs,), labels in data.Loader(args, val_set, [data.View(args.img_size)], train=False):
         with data.autocast(args):
-            logits = model(imgs)
+            logits = model.forward(imgs)                        # other shapes: not to be compiled
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         sums += torch.stack([(logits.argmax(-1) == labels).sum(), loss,
                              torch.tensor(len(labels), device=args.device)])
@@ -758,7 +758,7 @@ def judge_probes(args, encoder, model, val_set):
     for (imgs,), labels in data.Loader(args, val_set, [data.View(args.img_size)], train=False):
         with data.autocast(args):
             tokens = encoder.forward_features(imgs)
-        hits = (model(tokens.float()).argmax(-1) == labels).sum(1)
+        hits = (model.forward(tokens.float()).argmax(-1) == labels).sum(1)
         sums += torch.cat([hits, hits.new_tensor([len(labels)])])
     *hits, seen = data.all_sum(sums).tolist()
     names = [name.replace("_", ".") for name in model]
