@@ -630,8 +630,8 @@ def test_blockwise_mask_takes_a_ratio_for_each_image(grid):
 
 
 def test_blockwise_mask_makes_thousands_of_masks_in_one_call():
-    """4096 different masks of 14 x 14 come from one call, by as many calls of torch as two masks take: nothing
-    is done image by image."""
+    """4096 different masks of 14 x 14 come from one call, by as many calls of torch as two masks take:
+    nothing is done image by image."""
     torch.manual_seed(0)
     calls = {}
     for B in (2, 4096):
