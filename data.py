@@ -877,26 +877,26 @@ def crop_in_memory(imgs, views):
 
 def crop_file(path, views):
     """The crops of one image file, (3, s, s) uint8. A JPEG is decoded no larger than they need (`draft`)."""
-    kinds = [view for view in views for _ in range(view.count)]
+    boxes, crops, kinds = [], [], [view for view in views for _ in range(view.count)]
     with Image.open(path) as img:
         W, H = img.size
-        boxes = []
-        for view in kinds:
-            if view.scale:
-                boxes.append(random_boxes(1, H, W, view.scale, view.ratio)[0].tolist())
-            else:  # the centre: 224 of 256, as everybody evaluates
-                side = min(H, W) * (0.875 if view.size <= 224 else 1.0)
-                boxes.append(((H - side) / 2, (W - side) / 2, side, side))
+        for view in views:
+            side = min(H, W) * (0.875 if view.size <= 224 else 1.0)     # the centre: 224 of 256, as all evaluate
+            boxes += random_boxes(view.count, H, W, view.scale, view.ratio).tolist() if view.scale else \
+                [((H - side) / 2, (W - side) / 2, side, side)] * view.count
         shrink = min(min(h, w) / view.size for (_, _, h, w), view in zip(boxes, kinds))
         drafted = img.draft(None, (int(W / shrink), int(H / shrink))) if shrink >= 2 else None
         right, bottom = drafted[1][2:] if drafted else (W, H)  # may lie inside the last pixel: W / 4, ...
-        img = img.convert("RGB")
-    sx, sy = right / W, bottom / H
-    crops = [img.resize((view.size, view.size), Image.Resampling.BICUBIC,
-                        box=(left * sx, top * sy,
-                             min((left + w) * sx, img.size[0]), min((top + h) * sy, img.size[1])))
-             for (top, left, h, w), view in zip(boxes, kinds)]
-    return [torch.from_numpy(np.array(crop)).permute(2, 0, 1) for crop in crops]
+        sx, sy = right / W, bottom / H
+        for (top, left, h, w), view in zip(boxes, kinds):
+            box = (left * sx, top * sy, min((left + w) * sx, img.width), min((top + h) * sy, img.height))
+            if drafted:  # Pillow resizes from a box between pixels, torch faster from whole ones
+                crop = img.resize((view.size, view.size), Image.Resampling.BICUBIC, box=box)
+            else:
+                crop = img.crop([round(edge) for edge in box])
+            crop = torch.from_numpy(np.array(crop.convert("RGB"))).permute(2, 0, 1)
+            crops.append(F.interpolate(crop[None], (view.size, view.size), mode="bicubic", antialias=True)[0])
+    return crops
 
 
 class FileCrops(torch.utils.data.Dataset):

@@ -72,7 +72,7 @@ SUPERVISED = {  # what training from scratch and fine-tuning have in common
     "ema":             0.0,
 }
 PROBES = {  # lr = blr * batch_size / 256; the crop is MAE's
-    "batch_size":      (256, 512, 512, 512, 16384),
+    "batch_size":      (128, 256, 256, 256, 16384),
     "crop_scale":      (0.3, 0.3, 0.3, 0.3, 0.08),
     "blr":             1.0,                            # times each of --blrs
     "weight_decay":    0.0,
@@ -103,13 +103,16 @@ RECIPES = {
     "linear": SHARED | PROBES | {                      # ImageNet: MAE, table 10
         "epochs":        (10, 90, 90, 90, {"base": 90, "large": 50, "huge": 50}),
         "warmup_epochs": (1.0, 10.0, 10.0, 10.0, 10.0),
-        "blrs":          ("1,3,10,30", "0.3,1,3,10", "0.3,1,3,10", "0.3,1,3,10", "0.03,0.1,0.3"),
+        "optimizer":     ("sgd", "sgd", "sgd", "sgd", "lars"),
+        "blrs":          ("0.01,0.1,1", "0.01,0.03,0.1,0.3", "0.01,0.03,0.1,0.3", "0.01,0.03,0.1,0.3",
+                          "0.03,0.1,0.3"),
     },
     "attentive": SHARED | PROBES | {                   # ImageNet: CAE, section 6.3 of its appendix
-        "batch_size":    (256, 512, 512, 512, 8192),
+        "batch_size":    (128, 256, 256, 256, 8192),
         "epochs":        (10, 90, 90, 90, 90),
         "warmup_epochs": (1.0, 10.0, 10.0, 10.0, 10.0),
-        "blrs":          ("0.01,0.03,0.1", "0.01,0.03,0.1", "0.01,0.03,0.1", "0.01,0.03,0.1",
+        "optimizer":     "sgd",
+        "blrs":          ("0.03,0.1,0.3", "0.03,0.1,0.3", "0.03,0.1,0.3", "0.03,0.1,0.3",
                           "0.00625,0.0125,0.025"),
     },
     "knn": SHARED,
@@ -136,7 +139,8 @@ FLAGS = {
     "layer_decay": "factor of the learning rate from each block to the one below",
     "drop_path": "drop path rate of the last block",
     "ema": "evaluate a running average of the weights with this momentum; 0: off",
-    "blrs": "base learning rates that are trained side by side",
+    "optimizer": ("of the probes: SGD with Nesterov momentum, or LARS for large batches", ("sgd", "lars")),
+    "blrs": "base learning rates of probes, trained side by side",
 }
 
 # ---- positions ----
@@ -698,7 +702,7 @@ def make_probes(args, encoder, num_classes):
                 AttentiveProbe(D, num_classes, encoder.config["num_heads"])
             heads[f"{feature} {blr}".replace(".", "_")] = head  # no dots in module names
             groups.append({"params": list(head.parameters()), "lr_scale": float(blr)})
-    if args.mode == "linear":
+    if args.optimizer == "lars":
         return Probes(heads), LARS(groups)
     return Probes(heads), torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
 

@@ -1105,18 +1105,17 @@ def test_a_killed_unpack_is_done_again(tmp_path, monkeypatch):
 # ---- streamed files ----
 
 def test_crop_file_is_pillows_crop_and_resize(tmp_path):
-    """Without anything to shrink in the decoder, a streamed crop is Pillow's bicubic resize of the drawn
-    box."""
+    """Without anything to shrink in the decoder, a streamed crop is Pillow's bicubic resize of its box, to
+    one level of 255."""
     write_image(tmp_path / "a.png", 1, (50, 40))
     view = data.View(24, count=2, scale=(0.3, 1.0))
     torch.manual_seed(0)
     crops = data.crop_file(tmp_path / "a.png", [view])
     torch.manual_seed(0)
-    for crop in crops:
-        ((top, left, h, w),) = data.random_boxes(1, 40, 50, view.scale, view.ratio).tolist()
+    for crop, (top, left, h, w) in zip(crops, data.random_boxes(2, 40, 50, view.scale, view.ratio).tolist()):
         with Image.open(tmp_path / "a.png") as img:
             wanted = img.resize((24, 24), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
-        assert torch.equal(crop, torch.from_numpy(np.array(wanted)).permute(2, 0, 1))
+        assert (crop.int() - torch.from_numpy(np.array(wanted)).permute(2, 0, 1).int()).abs().max() <= 1
 
 
 def test_crop_file_shows_the_centre_in_evaluation(tmp_path):
