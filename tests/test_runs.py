@@ -380,7 +380,7 @@ def assert_near(folder, single, tolerance=1e-5):
     assert a.keys() == b.keys() and len(a) == 30
     assert max(abs(a[s] - b[s]) / b[s] for s in b) < tolerance
     a, b = read(Path(folder) / "last.pt"), read(Path(single) / "last.pt")
-    for i, state in b["optimizer"]["state"].items():  # Adam would hide gradients that are four times too large
+    for i, state in b["optimizer"]["state"].items():  # Adam would hide gradients four times too large
         momentum = a["optimizer"]["state"][i]["exp_avg"]
         assert (momentum - state["exp_avg"]).norm() <= 1e-3 * state["exp_avg"].norm() + 1e-6
     a, b = a["model"], b["model"]
