@@ -122,7 +122,7 @@ class Folder:
 # ---- shapes: drawn here, so that everything runs offline ----
 
 def draw_shapes(n, size, seed):
-    """Draw `n` pictures of ten kinds of shape, in random colours, places, sizes and angles.
+    """Draw `n` pictures of ten kinds of shape, bright on dark, in random tints, places, sizes and angles.
 
     Each shape is a signed distance (negative inside) in coordinates turned, moved and scaled per picture.
     -> imgs (n, 3, size, size) uint8, labels (n,) long in 0..9.
@@ -132,20 +132,19 @@ def draw_shapes(n, size, seed):
     imgs = torch.empty(n, 3, size, size, dtype=torch.uint8)
     grid = (torch.arange(size) + 0.5) / size * 2 - 1
     for part in torch.arange(n).split(500):
-        r = torch.rand(len(part), 16, 1, 1, generator=g)
-        radius, angle = 0.4 + 0.3 * r[:, 0], 2 * math.pi * r[:, 1]
-        x = (grid[None, :] - (r[:, 2] - 0.5) * 0.7) / radius                    # (b, size, size)
-        y = (grid[:, None] - (r[:, 3] - 0.5) * 0.7) / radius
+        r = torch.rand(len(part), 14, 1, 1, generator=g)
+        radius, angle = 0.45 + 0.25 * r[:, 0], 2 * math.pi * r[:, 1]
+        x = (grid[None, :] - (r[:, 2] - 0.5) / 2) / radius                      # (b, size, size)
+        y = (grid[:, None] - (r[:, 3] - 0.5) / 2) / radius
         x, y = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
         distance = torch.stack([f(x, y) for f in SHAPES.values()], 1)           # (b, 10, size, size)
         distance = distance[torch.arange(len(part)), labels[part]] * radius     # (b, size, size)
         inside = (0.5 - distance * size / 2).clamp(0, 1)[:, None]               # one pixel of blur
-        colour = r[:, 4:7]                                                      # (b, 3, 1, 1)
-        other = (colour + 0.3 + 0.4 * r[:, 7:10]) % 1                           # far from it on the circle
-        slope = ((r[:, 10:13] - 0.5) * grid[None, None, None, :]
-                 + (r[:, 13:16] - 0.5) * grid[None, None, :, None])
-        noise = 0.03 * torch.randn(len(part), 3, size, size, generator=g)
-        picture = inside * colour + (1 - inside) * (other + 0.4 * slope) + noise
+        bright = 0.7 + 0.2 * r[:, 4:5] + 0.2 * (r[:, 5:8] - 0.5)                # (b, 3, 1, 1)
+        dark = 0.1 + 0.2 * r[:, 8:9] + 0.2 * (r[:, 9:12] - 0.5)
+        slope = (r[:, 12:13] - 0.5) * grid + (r[:, 13:14] - 0.5) * grid[:, None]  # (b, 1, size, size)
+        noise = 0.02 * torch.randn(len(part), 3, size, size, generator=g)
+        picture = inside * bright + (1 - inside) * (dark + 0.2 * slope) + noise
         imgs[part] = (picture.clamp(0, 1) * 255).round().to(torch.uint8)
     return imgs, labels
 
@@ -881,7 +880,7 @@ def crop_file(path, views):
     with Image.open(path) as img:
         W, H = img.size
         for view in views:
-            side = min(H, W) * (0.875 if view.size <= 224 else 1.0)     # the centre: 224 of 256, as all evaluate
+            side = min(H, W) * (0.875 if view.size <= 224 else 1.0)  # the centre: 224 of 256, as all do
             boxes += random_boxes(view.count, H, W, view.scale, view.ratio).tolist() if view.scale else \
                 [((H - side) / 2, (W - side) / 2, side, side)] * view.count
         shrink = min(min(h, w) / view.size for (_, _, h, w), view in zip(boxes, kinds))

@@ -1,4 +1,4 @@
-"""What all tests share: the repository on the path, two threads, and the arrays of the official implementations."""
+"""What all tests share: the repository on the path, two threads, and the official implementations' arrays."""
 import sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ torch.set_num_threads(2)
 
 @pytest.fixture
 def golden():
-    """golden("mae") -> the arrays of tests/golden/mae.npz as tensors; golden("mae", "w/") those under a prefix."""
+    """golden("mae"): arrays of tests/golden/mae.npz as tensors; golden("mae", "w/"): those under a prefix."""
     def load(name, prefix=""):
         with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as arrays:
             return {key.removeprefix(prefix): torch.from_numpy(arrays[key]) for key in arrays

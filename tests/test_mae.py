@@ -50,7 +50,7 @@ def test_official_masking_latent_and_target(golden, close):
 
 
 def test_patchify_against_loops_and_inverse():
-    """Raster order of the patches; row, column, channel order inside each; unpatchify is the exact inverse."""
+    """Patches in raster order; row, column, channel inside each; unpatchify is the exact inverse."""
     imgs = torch.randn(2, 3, 12, 12)
     patches = mae.patchify(imgs, 4)
     for r in range(3):
@@ -65,7 +65,7 @@ def test_patchify_against_loops_and_inverse():
 
 @pytest.mark.parametrize("ratio, keep", [(0.75, 16), (0.6, 25), (0.5, 32)])
 def test_mask_counts_and_restore(ratio, keep):
-    """Exactly int(N (1 - ratio)) patches are kept, the smallest noise first, and ids_restore undoes the shuffle."""
+    """Exactly int(N (1 - ratio)) patches are kept, smallest noise first; ids_restore undoes the shuffle."""
     noise = torch.rand(5, 64)
     assert int(64 * (1 - ratio)) == keep
     ids_keep, ids_restore, mask = mae.random_masking(noise, keep)
@@ -99,14 +99,16 @@ def test_loss_is_blind_to_visible_patches():
     loss, pred, mask = model(imgs)
     noisy = pred + 10 * torch.randn_like(pred) * (1 - mask)[:, :, None]
     assert torch.equal(model.forward_loss(imgs, noisy, mask), loss)
-    hidden = [((pred[b, i] - mae.patchify(imgs, 4)[b, i]) ** 2).mean() for b in range(4) for i in range(64) if mask[b, i]]
+    errors = ((pred - mae.patchify(imgs, 4)) ** 2).mean(-1)
+    hidden = [errors[b, i] for b in range(4) for i in range(64) if mask[b, i]]
     assert torch.allclose(torch.stack(hidden).mean(), loss, rtol=1e-5)
 
 
 def test_encoder_never_sees_hidden_pixels():
     """Other pixels in the hidden patches leave the latent as it is; with encoder_sees_mask, too."""
     for sees_mask in (False, True):
-        model, imgs, noise = tiny_mae(encoder_sees_mask=sees_mask), torch.randn(2, 3, 32, 32), torch.rand(2, 64)
+        model = tiny_mae(encoder_sees_mask=sees_mask)
+        imgs, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 64)
         latent, mask, _ = model.forward_encoder(imgs, noise)
         assert latent.shape == (2, 65 if sees_mask else 17, 48)
         hidden = mae.unpatchify(mask[:, :, None].expand(-1, -1, 48), 4)
@@ -127,9 +129,10 @@ def test_normalised_target_by_hand():
 
 
 def test_official_initialisation():
-    """Xavier for linear layers (qkv as one matrix), bounds by hand; biases 0; positions fixed and in no group."""
+    """Xavier bounds by hand (qkv is one matrix); biases 0; positions fixed and in no group."""
     model = tiny_mae()
-    bounds = {"encoder.blocks.0.attn.qkv.weight": (6 / (48 + 144)) ** 0.5, "decoder_embed.weight": (6 / 80) ** 0.5,
+    bounds = {"encoder.blocks.0.attn.qkv.weight": (6 / (48 + 144)) ** 0.5,
+              "decoder_embed.weight": (6 / (48 + 32)) ** 0.5,
               "encoder.patch_embed.proj.weight": (6 / (48 + 48)) ** 0.5}
     for name, bound in bounds.items():
         largest = dict(model.named_parameters())[name].abs().max().item()
@@ -141,9 +144,10 @@ def test_official_initialisation():
     assert all((id(p) in ids) == p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"encoder_sees_mask": True}, {"sampling": "block"}, {"norm_pix_loss": False}])
+@pytest.mark.parametrize("options", [{}, dict(encoder_sees_mask=True), dict(sampling="block"),
+                                     dict(norm_pix_loss=False)])
 def test_one_batch_is_overfitted(options):
-    """Real optimiser steps on one batch of drawn shapes bring the loss well down, and every weight gets a gradient."""
+    """Real steps on one batch of drawn shapes bring the loss down, and every weight gets a gradient."""
     model = tiny_mae(**options)
     imgs, _ = data.draw_shapes(16, 32, seed=0)
     imgs = imgs.float() / 127.5 - 1
@@ -160,7 +164,7 @@ def test_one_batch_is_overfitted(options):
 
 
 def test_the_step_compiles_once_without_graph_breaks():
-    """fullgraph: no break; two calls: no recompilation (an eager backend shows both without a C++ compiler)."""
+    """fullgraph: no break; three calls: no recompilation (an eager backend shows both without a compiler)."""
     model, compiled = tiny_mae(), []
 
     def backend(graph, inputs):

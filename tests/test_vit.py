@@ -168,8 +168,9 @@ def test_drop_path_statistics():
     assert abs((x == 0).float().mean().item() - 0.3) < 0.01 and abs(x.mean().item() - 1) < 0.02
 
 
-@pytest.mark.parametrize("options", [dict(pool="mean"), dict(pos="none", rel_pos="shared"), dict(layer_scale=1e-5),
-                                     dict(stem="conv"), dict(pos="sincos"), dict(qkv_bias=False)])
+@pytest.mark.parametrize("options", [dict(pool="mean"), dict(pos="none", rel_pos="shared"),
+                                     dict(layer_scale=1e-5), dict(stem="conv"), dict(pos="sincos"),
+                                     dict(qkv_bias=False)])
 def test_every_variant_takes_a_real_step(options):
     """All options run, another image size included, and every weight gets a gradient."""
     model = tiny_vit(num_classes=10, **options)
@@ -185,8 +186,9 @@ def test_every_variant_takes_a_real_step(options):
 def test_parameter_counts():
     """The published sizes: encoder plus a 1000-way head (MAE's README and timm)."""
     with torch.device("meta"):
-        count = {name: sum(p.numel() for p in ViT(**vit.SIZES[name], patch_size=14 if name == "huge" else 16,
-                                                  num_classes=1000).parameters()) for name in ("base", "large", "huge")}
+        models = {name: ViT(**vit.SIZES[name], patch_size=14 if name == "huge" else 16, num_classes=1000)
+                  for name in ("base", "large", "huge")}
+    count = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     assert count == {"base": 86_567_656, "large": 304_326_632, "huge": 632_045_800}
 
 
@@ -207,15 +209,16 @@ def test_one_batch_is_overfitted():
 
 
 def test_layer_decay_and_weight_decay_groups():
-    """Scales decay^(depth + 1 - id) by layer; no decay for 1-D tensors, class token and positions; frozen left out."""
+    """Scale decay^(depth + 1 - id); no decay for 1-D tensors, class token, positions; frozen left out."""
     model = tiny_vit(num_classes=10, pos="sincos")
     scales = {}
     for group in vit.param_groups(model, 0.05, layer_decay=0.5):
         for p in group["params"]:
             scales[id(p)] = (group["lr_scale"], group["weight_decay"])
     parameters = dict(model.named_parameters())
-    wanted = {"cls_token": (0.5 ** 4, 0), "patch_embed.proj.weight": (0.5 ** 4, 0.05), "patch_embed.proj.bias": (0.5 ** 4, 0),
-              "blocks.0.attn.qkv.weight": (0.5 ** 3, 0.05), "blocks.2.norm1.weight": (0.5, 0), "norm.weight": (1, 0),
+    wanted = {"cls_token": (0.5 ** 4, 0), "patch_embed.proj.weight": (0.5 ** 4, 0.05),
+              "patch_embed.proj.bias": (0.5 ** 4, 0), "blocks.0.attn.qkv.weight": (0.5 ** 3, 0.05),
+              "blocks.2.norm1.weight": (0.5, 0), "norm.weight": (1, 0),
               "head.weight": (1, 0.05), "head.bias": (1, 0)}
     assert {name: scales[id(parameters[name])] for name in wanted} == wanted
     assert id(model.pos_embed) not in scales
@@ -248,16 +251,19 @@ def test_ema_formula():
 # ---- loading ----
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s},
-                                  lambda s: {"student": {}, "teacher": {f"module.backbone.{k}": v for k, v in s.items()},
-                                             "args": argparse.Namespace(arch="vit_tiny"), "epoch": 3}])
+def dino_checkpoint(state):
+    return {"student": {}, "teacher": {f"module.backbone.{name}": value for name, value in state.items()},
+            "args": argparse.Namespace(arch="vit_tiny"), "epoch": 3}
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda s: {"model": s}, lambda s: {"state_dict": s}, dino_checkpoint])
 def test_foreign_files(tmp_path, wrap):
-    """timm, MAE and DINO layouts: wrappers and prefixes go, the size is read off, another grid is interpolated."""
+    """timm, MAE and DINO layouts: wrappers and prefixes go, the size is read off, positions interpolated."""
     torch.manual_seed(0)
     source = ViT(**vit.SIZES["tiny"], img_size=32, patch_size=4, num_classes=10)
     torch.save(wrap(source.state_dict()), tmp_path / "file.pth")
     state, config, mean, _ = vit.read_encoder(tmp_path / "file.pth")
-    assert (config["embed_dim"], config["depth"], config["num_heads"], config["patch_size"]) == (192, 12, 3, 4)
+    assert [config[name] for name in ("embed_dim", "depth", "num_heads", "patch_size")] == [192, 12, 3, 4]
     assert config["img_size"] == 32 and mean == data.IMAGENET_STATS[0]
     model = ViT(**config)
     vit.load_weights(model, state, "file.pth")
@@ -269,7 +275,7 @@ def test_foreign_files(tmp_path, wrap):
 
 
 def test_mae_files_leave_their_decoder(tmp_path):
-    """A full MAE checkpoint loads without its decoder; for mean pooling `norm` is dropped and `fc_norm` is new."""
+    """A full MAE file loads without its decoder; for mean pooling `norm` is dropped and `fc_norm` is new."""
     source = ViT(**vit.SIZES["tiny"], img_size=32, patch_size=4)
     extra = {"mask_token": torch.zeros(1, 1, 96), "decoder_pos_embed": torch.zeros(1, 65, 96),
              "decoder_blocks.0.norm1.weight": torch.zeros(96)}
@@ -311,7 +317,8 @@ def test_no_code_is_run_by_a_file(tmp_path, capsys):
 
 
 def test_label_subset_is_balanced():
-    source = data.Images(torch.zeros(100, 3, 4, 4, dtype=torch.uint8), torch.arange(100) % 10, list("abcdefghij"), 0, 1)
+    imgs, labels = torch.zeros(100, 3, 4, 4, dtype=torch.uint8), torch.arange(100) % 10
+    source = data.Images(imgs, labels, list("abcdefghij"), 0, 1)
     part = vit.label_subset(source, 0.2)
     assert part.labels.bincount().tolist() == [2] * 10
     assert vit.label_subset(source, 0.01).labels.bincount().tolist() == [1] * 10
