@@ -213,9 +213,7 @@ def mismatch(path, archive):
     """-> what is wrong with the file at `path`, in words, or None."""
     if path.stat().st_size != archive.size:
         return f"has {path.stat().st_size:,} bytes where {archive.size:,} are expected"
-    with open(path, "rb") as file:
-        md5 = hashlib.file_digest(file, "md5").hexdigest() if hasattr(hashlib, "file_digest") else \
-            hashlib.md5(file.read()).hexdigest()                # Python 3.10
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
     return None if md5 == archive.md5 else f"has the md5 {md5} where {archive.md5} is expected"
 
 
@@ -1027,7 +1025,7 @@ COMMON = {  # flag: (default, help); a RECIPES table gives the defaults that dep
     "weight_decay": (0.05, "AdamW's weight decay, on matrices only"),
     "clip_grad": (0.0, "largest gradient norm; 0: not clipped"),
     "seed": (0, "seed of weights, order, augmentation and masks"),
-    "num_workers": (10, "processes that decode image files (streamed data sets only)"),
+    "num_workers": (min(10, os.cpu_count()), "processes that decode image files (streamed data sets only)"),
     "device": ("auto", "auto, cuda, mps or cpu"),
     "amp": ("auto", "half precision: auto, bf16, fp16 or none"),
     "compile": (None, "compile the model with torch.compile (default: on CUDA only)"),
@@ -1273,7 +1271,7 @@ class Log:
     """
 
     def __init__(self, args, loader, start=0):
-        self.args, self.loader, self.start = args, loader, start
+        self.args, self.loader = args, loader
         self.path = Path(args.output_dir) / "log.jsonl"
         self.sums, self.count, self.interrupted, self.signal = {}, 0, False, 0
         self.before, self.shown = 0.0, 0.0                      # seconds of the runs that this one resumes
@@ -1325,7 +1323,7 @@ class Log:
     def progress(self, done, values, now):
         if rank() or (not sys.stderr.isatty() and now - self.shown < 30 and done < self.loader.total_steps):
             return
-        left = (now - self.began) / max(1, done - self.start) * (self.loader.total_steps - done)
+        left = (self.loader.total_steps - done) * self.args.batch_size / max(1, values["images/s"])
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         line = (f"epoch {done / self.loader.epoch_steps:6.2f}/{self.args.epochs}  step {done}  {shown}  "
                 f"left {clock(left)}")
@@ -1453,6 +1451,8 @@ def load_checkpoint(args, **parts):
     """Bring `parts` to the state of last.pt if --resume is given. -> updates already made, 0 for a new run"""
     path = Path(args.output_dir) / "last.pt"
     if not args.resume or not path.exists():
+        if args.resume and rank() == 0:
+            print(f"there is no {path} to resume from: starting anew", flush=True)
         return 0
     states = load_file(path)
     if missing := {"step", *parts} - set(states):

@@ -12,7 +12,8 @@ Shapes: B images, N patches (no cls), V visible, D, E width of encoder, decoder,
 Deviations: the kept patches are picked before they are embedded, not after (the same numbers, less work);
 the k-NN monitor reads the mean of the patch tokens, for no loss ever reaches the class token of a MAE.
 
-    python mae.py --data shapes                             # CPU, offline, 2 minutes
+    python mae.py --data shapes                             # CPU, offline, 3 minutes: k-NN @SHAPES@
+    python mae.py --model micro                             # CIFAR-10, CPU, @MICRO@
     python mae.py                                           # CIFAR-10, ViT-Tiny/4, one GPU: not run yet
     torchrun --nproc_per_node=8 mae.py --data imagenet      # ViT-B/16, 800 epochs: not run yet
 """
@@ -24,7 +25,8 @@ from torch import nn
 import data
 from vit import SIZES, Block, ViT, cosine_lr, param_groups, set_lr, sincos_pos_embed
 
-# columns:               shapes, cifar10, cifar100, tiny-imagenet, imagenet (the paper's table 8)
+# columns:               shapes, cifar10, cifar100, tiny-imagenet, imagenet (the paper's table 8);
+# {"tiny": a, "micro": b} is b for --model micro, the laptop's, and a for every other model
 RECIPES = {
     "model":             ("micro", "tiny", "tiny", "tiny", "base"),
     "img_size":          (32, 32, 32, 64, 224),
