@@ -1058,13 +1058,12 @@ def test_a_damaged_archive_is_refused(damage, tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == ["a.tar.gz"]
 
 
-@pytest.mark.parametrize("file", ["a.tar.gz", "a.zip"])
-@pytest.mark.parametrize("name, content", [("../evil.txt", b"!"), ("set/../../evil.txt", b"!"),
-                                           ("/tmp/evil.txt", b"!"), ("set/link", None)])
+@pytest.mark.parametrize("file, name, content", [
+    *((file, name, b"!") for file in ("a.tar.gz", "a.zip")
+      for name in ("../evil.txt", "set/../../evil.txt", "/tmp/evil.txt")),
+    ("a.tar.gz", "set/link", None)])                            # of a zip's links our reader makes plain files
 def test_an_archive_cannot_leave_its_folder(file, name, content, tmp_path, capsys):
     """Entries with ../, absolute names and links end in one sentence, with nothing unpacked anywhere."""
-    if content is None and file == "a.zip":
-        pytest.skip("our reader makes plain files of a zip's links")
     (tmp_path / "sets").mkdir()
     path = pack(tmp_path / "sets" / file, [("set/one.bin", b"1"), (name, content)])
     text = said(capsys, data.unpack, path, tmp_path / "sets" / "set")
@@ -1133,7 +1132,7 @@ def test_draft_is_close_to_the_full_decode(W, H, tmp_path, monkeypatch):
     """Letting the JPEG decoder shrink changes a crop by little, shrinks indeed, and never below the size of
     the crop."""
     write_image(tmp_path / "a.jpg", 2, (W, H), quality=95)
-    views, decoded, draft = [data.View(48, count=3, scale=(0.5, 1.0)), data.View(40)], [], JpegImageFile.draft
+    views, decoded, draft = [data.View(48, count=3, scale=(0.5, 1.0)), data.View(80)], [], JpegImageFile.draft
 
     def noting(self, mode, size):
         result = draft(self, mode, size)
@@ -1143,7 +1142,7 @@ def test_draft_is_close_to_the_full_decode(W, H, tmp_path, monkeypatch):
     monkeypatch.setattr(JpegImageFile, "draft", noting)
     torch.manual_seed(0)
     small = data.crop_file(tmp_path / "a.jpg", views)
-    assert len(decoded) == 1 and decoded[0][0] <= W / 2 + 1
+    assert len(decoded) == 1 and decoded[0][0] <= W / 2 + 1 and min(decoded[0]) * 0.875 >= 80
     monkeypatch.setattr(JpegImageFile, "draft", lambda self, mode, size: None)
     torch.manual_seed(0)
     for crop, full in zip(small, data.crop_file(tmp_path / "a.jpg", views)):
