@@ -1061,7 +1061,7 @@ def test_a_damaged_archive_is_refused(damage, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("file, name, content", [
     *((file, name, b"!") for file in ("a.tar.gz", "a.zip")
       for name in ("../evil.txt", "set/../../evil.txt", "/tmp/evil.txt")),
-    ("a.tar.gz", "set/link", None)])                            # of a zip's links our reader makes plain files
+    ("a.tar.gz", "set/link", None)])  # of a zip's links our reader makes plain files
 def test_an_archive_cannot_leave_its_folder(file, name, content, tmp_path, capsys):
     """Entries with ../, absolute names and links end in one sentence, with nothing unpacked anywhere."""
     (tmp_path / "sets").mkdir()
