@@ -260,6 +260,8 @@ def find_set(name, data_dir):
         time.sleep(0.5)  # torchrun ends the waiting ranks if rank 0 fails
     with writing(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(data_dir, os.W_OK):
+            raise PermissionError(13, "Permission denied")
         for archive in [a for a in archives if (data_dir / a.file).exists()] or archives:
             path = data_dir / archive.file
             if path.exists() and (wrong := mismatch(path, archive)):

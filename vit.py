@@ -71,9 +71,9 @@ SUPERVISED = {  # what training from scratch and fine-tuning have in common
     "cutmix":          (0.0, 1.0, 1.0, 1.0, 1.0),
     "ema":             0.0,
 }
-PROBES = {  # lr = blr * batch_size / 256; the crop is MAE's
+PROBES = {  # lr = blr * batch_size / 256; on small images the crops are gentler than MAE's
     "batch_size":      (128, 256, 256, 256, 16384),
-    "crop_scale":      (0.3, 0.3, 0.3, 0.3, 0.08),
+    "crop_scale":      (1.0, 0.8, 0.8, 0.8, 0.08),
     "blr":             1.0,                            # times each of --blrs
     "weight_decay":    0.0,
 }
