@@ -1533,7 +1533,7 @@ def save_rows(path, rows, title=""):
     for i, (label, imgs) in enumerate(rows.items()):
         for j, img in enumerate(imgs.detach().cpu().float()):
             axes = figure.add_subplot(len(rows), n, i * n + j + 1)
-            axes.imshow(img.permute(1, 2, 0) if img.ndim == 3 else img, interpolation="nearest")
+            axes.imshow((img.permute(1, 2, 0) if img.ndim == 3 else img).numpy(), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             if j == 0:
                 axes.set_ylabel(label, rotation=0, ha="right", va="center")

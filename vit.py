@@ -863,7 +863,8 @@ def main():
         data.write_text(json.dumps(result, indent=1), Path(args.output_dir) / "result.json")
         numbers = ", ".join(f"{k} {v:.2f}" for k, v in result.items()
                             if isinstance(v, float) and k != "label_fraction")
-        print(f"result ({mode}, {args.data}, {init or 'random encoder'}): {numbers}", flush=True)
+        start = init or ("from scratch" if mode == "train" else "random encoder")
+        print(f"result ({mode}, {args.data}, {start}): {numbers}", flush=True)
 
 
 if __name__ == "__main__":
