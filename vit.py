@@ -26,7 +26,7 @@ Deviations: positions and class token are not decayed (timm's rule); mean poolin
 BEiT's fine-tuning); the linear probe picks its learning rate by accuracy on the training images, so that
 the test images choose nothing.
 
-    python vit.py --data shapes --epochs 5                                      # CPU, offline, 1 minute
+    python vit.py --data shapes --epochs 5                                      # CPU, offline, 2 minutes
     python vit.py --mode linear --init out/mae-cifar10/encoder.pt               # judge an encoder, one GPU
     python vit.py --mode finetune --init out/mae-cifar10/encoder.pt
     torchrun --nproc_per_node=8 vit.py --mode finetune --data imagenet --init out/mae-imagenet/encoder.pt
