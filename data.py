@@ -351,7 +351,7 @@ def read_tiny_imagenet(data_dir, train):
         labels += [classes.index(wnid) for _, wnid in val]
         with ThreadPoolExecutor() as pool:                      # Pillow decodes without holding Python's lock
             imgs = torch.stack(list(pool.map(open_rgb, paths)))
-        imgs, labels, n = imgs, torch.tensor(labels), len(val)
+        labels, n = torch.tensor(labels), len(val)
         mean, std = pixel_stats(imgs[:-n])
         kept = {"train_imgs": imgs[:-n].clone(), "train_labels": labels[:-n].clone(),
                 "val_imgs": imgs[-n:].clone(), "val_labels": labels[-n:].clone(),

@@ -36,7 +36,6 @@ import copy
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -507,7 +506,7 @@ def load_weights(model, state, path):
     """
     wanted, state = model.state_dict(), dict(state)
     grid = model.config["img_size"] // model.config["patch_size"]
-    if state.get("pos_embed") is not None and state["pos_embed"].shape[1] > 1:
+    if "pos_embed" in state:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid)
     for name in [name for name in state if name.endswith("relative_position_bias_table")]:
         state[name] = interpolate_rel_pos(state[name], grid)
