@@ -1543,13 +1543,18 @@ def save_rows(path, rows, title=""):
         figure.savefig(path, dpi=110)
 
 
-def some_images(args, source, n=8):
-    """The first n images of a data set as a model sees them in evaluation. -> (n, 3, s, s) normalised"""
-    loader = Loader(args, source, [View(args.img_size)], train=False)
+def some_images(args, source, n=8, view=None):
+    """The first n images of a data set as a model sees them in evaluation.
+
+    -> (n, 3, s, s) normalised; for a `view` with tokenizer_size also the pixels of the tokenizer: a list
+    """
+    view = view or View(args.img_size)
+    loader = Loader(args, source, [view], train=False)
     index = torch.arange(min(n, len(source)))
     keys = [[(i, 0) for i in index.tolist()]]
     streamed = next(iter(loader.workers(keys))) if isinstance(source, Folder) else None
-    return loader.batch(index, streamed)[0][0]
+    inputs = loader.batch(index, streamed)[0]
+    return inputs if view.tokenizer_size else inputs[0]
 
 
 # ---- k-NN ----
