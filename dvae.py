@@ -1,8 +1,8 @@
 """The discrete VAE of DALL-E (Ramesh et al., 2021), arXiv:2102.12092: images as a grid of words.
 
 An encoder gives every place of a coarse grid a distribution over K codes; a decoder paints the image from one
-code a place. A sample of a code has no gradient, so training relaxes it: logits with Gumbel noise go through a
-softmax whose temperature tau falls, until the mixture is nearly one code. BEiT and CAE predict the codes.
+code a place. A sample of a code has no gradient, so training relaxes it: logits with Gumbel noise go through
+a softmax whose temperature tau falls, until the mixture is nearly one code. BEiT and CAE predict the codes.
 
     L = ( -sum_pixels log p(x | y) + beta sum_i KL(q_i || uniform) ) / (3 H W)       mean over the images
     y_i = softmax((logits_i + g) / tau)      g ~ Gumbel(0, 1)       q_i = softmax(logits_i)
@@ -111,7 +111,7 @@ def kl_to_uniform(logits):
 
 
 def log_laplace(imgs, out):
-    """Log-density of pixels (B, 3, H, W) in [0, 1]; out (B, 6, H, W): mu and ln b of the logit (DALL-E, A.3)."""
+    """Log-density of pixels (B, 3, H, W) in [0, 1]; out (B, 6, H, W): mu and ln b of the logit (A.3)."""
     t, (mu, ln_b) = map_pixels(imgs), out.chunk(2, 1)
     return -math.log(2) - ln_b - (t * (1 - t)).log() - (t.logit() - mu).abs() * (-ln_b).exp()
 
@@ -146,15 +146,15 @@ class ResBlock(nn.Module):
         self.gain = gain
         self.id_path = nn.Identity() if n_in == n_out else conv(n_in, n_out, 1)
         self.res_path = nn.Sequential(OrderedDict(
-            pair for i in range(4) for pair in ((f"relu_{i + 1}", nn.ReLU()),
-                                                (f"conv_{i + 1}", conv(widths[i], widths[i + 1], kernels[i])))))
+            layer for i, (a, b, kernel) in enumerate(zip(widths, widths[1:], kernels), start=1)
+            for layer in ((f"relu_{i}", nn.ReLU()), (f"conv_{i}", conv(a, b, kernel)))))
 
     def forward(self, x):
         return self.id_path(x) + self.gain * self.res_path(x)
 
 
 def groups(widths, blocks, kernels, between):
-    """Groups of `blocks` residual blocks; `between` follows every group but the last. -> (name, module) pairs"""
+    """Groups of `blocks` residual blocks, `between` after each but the last. -> (name, module) pairs"""
     gain = 1 / ((len(widths) - 1) * blocks) ** 2
     for g, (n_in, n_out) in enumerate(zip(widths, widths[1:]), start=1):
         layers = [(f"block_{b + 1}", ResBlock(n_in if b == 0 else n_out, n_out, kernels, gain))
@@ -270,7 +270,8 @@ def load_tokenizer(path):
     """
     content = data.load_file(path)
     if content.get("method") != "dvae":
-        data.stop(f"{path} is no tokenizer of dvae.py: train one with python dvae.py, and give its tokenizer.pt")
+        data.stop(f"{path} is no tokenizer of dvae.py: train one with python dvae.py, "
+                  f"and give its tokenizer.pt")
     model = DVAE(**content["config"])
     data.compare_tensors(path, content["model"], model.state_dict())
     model.load_state_dict(content["model"])
@@ -387,8 +388,7 @@ def main():
     parts = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **parts)
     few = data.some_images(args, val_set, 1000, whole)
-    data.describe(args, model, loader,
-                  f"{trivial_level(few, args.recon):.3f} (one colour everywhere, no KL; {grid} x {grid} tokens)")
+    data.describe(args, model, loader, f"{trivial_level(few, args.recon):.3f} (one colour everywhere, no KL)")
     log = data.Log(args, loader, start)
 
     def evaluate(step):

@@ -16,7 +16,8 @@ baseline), and with --init FILE it judges an encoder: our encoder.pt, or a file 
     train      supervised, from scratch
     finetune   all weights, from --init FILE
     linear     frozen encoder, BatchNorm + linear layer (MAE, A.1), on the class token and on the mean of
-               the patches, learning rates side by side
+               the patches, learning rates side by side; --layers all: on every block's output, too
+               (the last blocks of BEiT decode tokens: its best features lie below, BEiT, section 3.5)
     attentive  frozen encoder, one learned query attends to its tokens (CAE, 4.1)
     knn        frozen encoder, weighted vote
 
@@ -103,6 +104,7 @@ RECIPES = {
         "epochs":        (10, 90, 90, 90, {"base": 90, "large": 50, "huge": 50}),
         "warmup_epochs": (1.0, 10.0, 10.0, 10.0, 10.0),
         "optimizer":     ("sgd", "sgd", "sgd", "sgd", "lars"),
+        "layers":        "last",
         "blrs":          ("0.01,0.1,1", "0.01,0.03,0.1,0.3", "0.01,0.03,0.1,0.3", "0.01,0.03,0.1,0.3",
                           "0.03,0.1,0.3"),
     },
@@ -139,6 +141,7 @@ FLAGS = {
     "drop_path": "drop path rate of the last block",
     "ema": "evaluate a running average of the weights with this momentum; 0: off",
     "optimizer": ("of the probes: SGD with Nesterov momentum, or LARS for large batches", ("sgd", "lars")),
+    "layers": ("probe the encoder's output, or the output of every block side by side", ("last", "all")),
     "blrs": "base learning rates of probes, trained side by side",
 }
 
@@ -374,16 +377,24 @@ class ViT(nn.Module):
         if pos == "learned":
             nn.init.normal_(self.pos_embed, std=0.02)
 
-    def forward_features(self, imgs):
-        """(B, 3, H, W) -> tokens of the last block, after `norm` if there is one: (B, 1 + N, D)."""
-        x = self.patch_embed(imgs)                                                          # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)                        # (B, 1 + N, D)
+    def add_cls_and_pos(self, x):
+        """Embedded patches (B, N, D), all of them -> the blocks' input (B, 1 + N, D)"""
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         if self.pos_embed is not None:
             x = x + interpolate_pos_embed(self.pos_embed, math.isqrt(x.shape[1] - 1))
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        return x
+
+    def forward_blocks(self, x):
+        """(B, 1 + N, D) -> the output of every block, before `norm`: a list of (B, 1 + N, D)"""
+        bias, outputs = None if self.rel_pos_bias is None else self.rel_pos_bias(), []
         for block in self.blocks:
             x = block(x, bias)
-        return self.norm(x)
+            outputs.append(x)
+        return outputs
+
+    def forward_features(self, imgs):
+        """(B, 3, H, W) -> tokens of the last block, after `norm` if there is one: (B, 1 + N, D)."""
+        return self.norm(self.forward_blocks(self.add_cls_and_pos(self.patch_embed(imgs)))[-1])
 
     def features(self, imgs):
         """What the classifier reads, (B, D): the class token, or `fc_norm` of the mean of the patches."""
@@ -640,9 +651,9 @@ def evaluate(args, model, val_set):
 class LinearProbe(nn.Module):
     """BatchNorm without affine parameters, then a linear layer, on class token or mean of the patches."""
 
-    def __init__(self, embed_dim, num_classes, feature):
+    def __init__(self, embed_dim, num_classes, feature, layer=-1):
         super().__init__()
-        self.feature = feature
+        self.feature, self.layer = feature, layer
         self.norm = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
@@ -661,7 +672,7 @@ class AttentiveProbe(nn.Module):
 
     def __init__(self, embed_dim, num_classes, num_heads):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.layer = num_heads, -1
         self.query = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(embed_dim, eps=1e-6) for _ in range(3))
         self.q, self.v, self.proj = (nn.Linear(embed_dim, embed_dim) for _ in range(3))
@@ -686,20 +697,38 @@ class AttentiveProbe(nn.Module):
 
 
 class Probes(nn.ModuleDict):
-    """Probes for every feature and base learning rate, side by side: tokens (B, 1 + N, D) -> (P, B, K)."""
+    """Probes for every feature and base learning rate, side by side, each on its layer of `probed_layers`:
+    list of (B, 1 + N, D) -> (P, B, K).
+    """
 
-    def forward(self, tokens):
-        return torch.stack([head(tokens) for head in self.values()])
+    def forward(self, layers):
+        return torch.stack([head(layers[head.layer]) for head in self.values()])
+
+
+def probed_layers(args, encoder, imgs):
+    """What the probes read, float32: the encoder's output; with --layers all the blocks' before it."""
+    with torch.no_grad(), data.autocast(args):
+        outputs = encoder.forward_blocks(encoder.add_cls_and_pos(encoder.patch_embed(imgs)))
+        layers = [encoder.norm(outputs[-1])]
+    if getattr(args, "layers", "last") == "all":
+        layers = outputs + layers
+    return [tokens.float() for tokens in layers]
 
 
 def make_probes(args, encoder, num_classes):
-    """-> Probes, optimiser with one learning rate a probe. Names: "<feature> <base learning rate>"."""
-    D, heads, groups = encoder.config["embed_dim"], {}, []
+    """-> Probes, optimiser with one learning rate a probe. Names: "<feature> <base learning rate>", where a
+    feature is cls or mean of the encoder's output, cls-3 or mean-3 of that of the third block, or attentive.
+    """
+    D, depth, heads, groups = encoder.config["embed_dim"], encoder.config["depth"], {}, []
+    if args.mode == "linear":
+        places = {"": -1} | ({f"-{i + 1}": i for i in range(depth)} if args.layers == "all" else {})
+        makers = {feature + suffix: lambda f=feature, i=layer: LinearProbe(D, num_classes, f, i)
+                  for suffix, layer in places.items() for feature in ("cls", "mean")}
+    else:
+        makers = {"attentive": lambda: AttentiveProbe(D, num_classes, encoder.config["num_heads"])}
     for blr in args.blrs.split(","):
-        for feature in ("cls", "mean") if args.mode == "linear" else ("attentive",):
-            head = LinearProbe(D, num_classes, feature) if args.mode == "linear" else \
-                AttentiveProbe(D, num_classes, encoder.config["num_heads"])
-            heads[f"{feature} {blr}".replace(".", "_")] = head  # no dots in module names
+        for feature, make in makers.items():
+            head = heads[f"{feature} {blr}".replace(".", "_")] = make()     # no dots in module names
             groups.append({"params": list(head.parameters()), "lr_scale": float(blr)})
     if args.optimizer == "lars":
         return Probes(heads), LARS(groups)
@@ -725,9 +754,7 @@ def probe(args, train_set, val_set, encoder):
             model.right.zero_()
         total = 0
         for (imgs,), labels in batch:
-            with torch.no_grad(), data.autocast(args):
-                tokens = encoder.forward_features(imgs).float()
-            logits = net(tokens)                                                            # (P, B, K)
+            logits = net(probed_layers(args, encoder, imgs))                                # (P, B, K)
             loss = sum(F.cross_entropy(one, labels) for one in logits) / args.accum_steps
             loss.backward()
             total = total + loss.detach() / len(model)
@@ -742,7 +769,7 @@ def probe(args, train_set, val_set, encoder):
     result = {}
     if not log.interrupted:
         result = judge_probes(args, encoder, model, val_set)
-        log.write(loader.total_steps, **{name: v for name, v in result.items() if not isinstance(v, dict)})
+        log.write(loader.total_steps, **{name: v for name, v in result.items() if isinstance(v, float)})
     log.finish()
     return result
 
@@ -759,16 +786,18 @@ def judge_probes(args, encoder, model, val_set):
             data.all_sum(buffer).div_(data.world_size())
     sums = torch.zeros(len(model) + 1, device=args.device)
     for (imgs,), labels in data.Loader(args, val_set, [data.View(args.img_size)], train=False):
-        with data.autocast(args):
-            tokens = encoder.forward_features(imgs)
-        hits = (model.forward(tokens.float()).argmax(-1) == labels).sum(1)
+        hits = (model.forward(probed_layers(args, encoder, imgs)).argmax(-1) == labels).sum(1)
         sums += torch.cat([hits, hits.new_tensor([len(labels)])])
     *hits, seen = data.all_sum(sums).tolist()
     names = [name.replace("_", ".") for name in model]
     result = {"all": {name: hit / seen * 100 for name, hit in zip(names, hits)}}
+    right = dict(zip(names, model.right.tolist()))
     for feature in dict.fromkeys(name.split()[0] for name in names):
-        best = max((r, name) for r, name in zip(model.right.tolist(), names) if name.startswith(feature))[1]
+        best = max((name for name in names if name.split()[0] == feature), key=right.get)
         result |= {feature: result["all"][best], f"{feature}_blr": float(best.split()[1])}
+    if getattr(args, "layers", "last") == "all":                # the training images choose
+        best = max(names, key=right.get)
+        result |= {"best": result["all"][best], "best_feature": best.split()[0]}
     return result
 
 
