@@ -10,7 +10,7 @@ lie on the device, in turns with plain matrix products of the same precision: bo
     of matmul     GFLOP/s as a share of this machine's own best matmul: 2048^3, or the model's MLP shapes
     others        what other processes took of the CPU meanwhile: over 5%, nothing here can be trusted
 
-    python tests/bench.py                        # a table: MAE ViT-B/16 at batch 8; the CIFAR recipe
+    python tests/bench.py                        # a table: ViT-B/16 at batch 8; the CIFAR recipes
     python tests/bench.py --method vit --model tiny --batch_size 256 --dtype bfloat16
     python tests/bench.py --model base --img_size 224 --patch_size 16 --batch_size 256 \\
         --device cuda --dtype bfloat16 --compile
@@ -36,12 +36,17 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
+from beit import BEiT, draw_masks  # noqa: E402
+from dvae import DVAE  # noqa: E402
 from mae import MAE  # noqa: E402
 from vit import SIZES, Mlp, ViT, param_groups  # noqa: E402
 
 TABLE = (  # what runs without flags
     "--method mae --model base --img_size 224 --patch_size 16 --batch_size 8",
     "--method mae --model tiny --img_size 32 --patch_size 4 --batch_size 256",
+    "--method beit --model base --img_size 224 --patch_size 16 --batch_size 8",
+    "--method beit --model tiny --img_size 32 --patch_size 4 --batch_size 256",
+    "--method dvae --model tiny --img_size 32 --patch_size 4 --batch_size 64",
 )
 AMP = {"float32": "none", "bfloat16": "bf16", "float16": "fp16"}        # autocast, as --amp of the scripts
 
@@ -65,7 +70,28 @@ def vit(args):
     return model, param_groups(model, 0.05), loss_of
 
 
-METHODS = {"mae": mae, "vit": vit}
+def beit(args):
+    """The student's step alone: random codes, no tokenizer."""
+    large, grid = args.img_size > 64, args.img_size // args.patch_size
+    vocab, num_masked, min_block = (8192, 75, 16) if large else (1024, 26, 4)
+    encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="none", rel_pos="shared",
+                  layer_scale=0.1, drop_path=0.1 if large else 0.0)
+    model = BEiT(encoder, vocab, num_masked)
+    codes = torch.randint(vocab, (args.batch_size, grid ** 2), device=args.device)
+    mask = draw_masks("block", args.batch_size, grid, num_masked, min_block, args.device)
+    return model, param_groups(model, 0.05), lambda net, imgs: net(imgs, codes, mask)[0]
+
+
+def dvae(args):
+    """The recipes' networks; --patch_size is the stride (112 px and 8 for DALL-E's)."""
+    n_hid, vocab = (256, 8192) if args.img_size > 64 else (32, 512) if args.model == "micro" else (64, 1024)
+    model = DVAE(args.img_size // args.patch_size, args.patch_size, n_hid, 2, vocab)
+    model.to(memory_format=torch.channels_last)
+    tau, beta = (torch.full((), value, device=args.device) for value in (0.5, 6.6))
+    return model, param_groups(model, 1e-4), lambda net, imgs: net(imgs.sigmoid(), tau, beta)[0]
+
+
+METHODS = {"beit": beit, "dvae": dvae, "mae": mae, "vit": vit}
 
 
 # ---- measuring ----
