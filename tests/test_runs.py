@@ -26,15 +26,20 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import dvae  # noqa: E402
 import mae  # noqa: E402, F401: its import is paid here, not in the first test
 import vit  # noqa: E402
 
 TINY = ("--data shapes --device cpu --img_size 8 --patch_size 4 --model micro --batch_size 20 --log_every 1 "
         "--epochs 6")
 MAE = f"mae.py {TINY} --decoder_dim 16 --decoder_depth 1 --decoder_heads 2"
+DVAE = f"dvae.py {TINY} --n_hid 8 --vocab 16 --stride 2"
+BEIT = f"beit.py {TINY} --num_masked 2 --min_block 1"
+IBOT = (f"ibot.py {TINY} --local_size 4 --local_crops 1 --out_dim 16 --patch_out_dim 16 --head_hidden 16 "
+        "--head_bottleneck 8")
 TRAIN = f"vit.py {TINY} --mode train --mixup 0.8 --drop_path 0.1 --ema 0.9"
 LINEAR = f"vit.py {TINY} --mode linear --blrs 1,10"
-SCRIPTS = {"mae": MAE, "train": TRAIN, "linear": LINEAR}
+SCRIPTS = {"mae": MAE, "dvae": DVAE, "beit": BEIT, "ibot": IBOT, "train": TRAIN, "linear": LINEAR}
 FILES = {"args.json", "curves.png", "encoder.pt", "last.pt", "log.jsonl", "pictures"}
 STEPS = 60                                                      # 6 epochs of 208 // 20 steps
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
@@ -140,8 +145,9 @@ def same(a, b):
 def assert_same_run(folder, whole):
     """Weights, optimiser, encoder and losses are equal to the last bit, and no step is logged twice."""
     assert same(read(folder / "last.pt"), read(whole / "last.pt"))
-    if (whole / "encoder.pt").exists():
-        assert same(read(folder / "encoder.pt"), read(whole / "encoder.pt"))
+    for name in ("encoder.pt", "tokenizer.pt"):
+        assert (folder / name).exists() == (whole / name).exists()
+        assert not (whole / name).exists() or same(read(folder / name), read(whole / name))
     if (whole / "result.json").exists():
         assert (folder / "result.json").read_text() == (whole / "result.json").read_text()
     assert losses(folder) == losses(whole)
@@ -163,19 +169,36 @@ def sentence(command, capsys, status=2, prepare=shrink):
     return lines[0]
 
 
+TOKENIZER = Path("out/dvae-shapes/tokenizer.pt")               # where beit.py looks for it
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def tokenizer(tmp_path_factory):
+    """An untrained tokenizer of DVAE's size."""
+    path = tmp_path_factory.mktemp("tokenizer") / TOKENIZER
+    path.parent.mkdir(parents=True)
+    model = dvae.DVAE(grid=2, stride=2, n_hid=8, vocab=16)
+    torch.save({"model": model.state_dict(), "config": model.config, "method": "dvae"}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tokenizer):
     """{name: folder of an uninterrupted run}, for every one of SCRIPTS."""
     folders = {name: tmp_path_factory.mktemp("whole") / name for name in SCRIPTS}
-    for name, command in SCRIPTS.items():
-        run(f"{command} --output_dir {folders[name]}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tokenizer.parents[2])
+        for name, command in SCRIPTS.items():
+            run(f"{command} --output_dir {folders[name]}")
     return folders
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Every test works in a folder of its own: default output folders land there."""
+def elsewhere(tmp_path, monkeypatch, tokenizer):
+    """Every test works in a folder of its own, with a tokenizer: default output folders land there."""
     monkeypatch.chdir(tmp_path)
+    TOKENIZER.parent.mkdir(parents=True)
+    TOKENIZER.write_bytes(tokenizer.read_bytes())
 
 
 # ---- the end of a process ----
@@ -326,7 +349,7 @@ def test_a_signal_in_the_last_step_ends_the_run_as_usual(name, tmp_path, whole):
     run(f"{SCRIPTS[name]} --output_dir stopped", hit_at(signal.SIGTERM, STEPS))
     assert_same_run(tmp_path / "stopped", whole[name])
     last = {entry for line in log_of("stopped") if line["step"] == STEPS for entry in line}
-    assert last & {"knn", "accuracy", "cls"}
+    assert last & {"knn", "usage", "accuracy", "cls"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
