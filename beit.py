@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from dvae import load_tokenizer
+from dvae import prepare_tokenizer, token_marginal
 from vit import SIZES, ViT, cosine_lr, param_groups, set_lr
 
 # columns:             shapes, cifar10, cifar100, tiny-imagenet, imagenet (the paper's table 9, 800 epochs);
@@ -155,14 +155,6 @@ def init_weights(module):
 
 
 @torch.no_grad()
-def token_marginal(tokenizer, pixels):
-    """Entropy in nats of the frequencies of the codes of some images, share of the commonest code."""
-    ids = torch.cat([tokenizer.tokens(part) for part in pixels.split(100)])
-    share = ids.flatten().bincount(minlength=tokenizer.vocab).double() / ids.numel()
-    return -(share * share.clamp(min=1e-12).log()).sum().item(), share.max().item()
-
-
-@torch.no_grad()
 def pictures(model, tokenizer, views, mask, source, path):
     """Rows: image, what is visible, prediction pasted into it, and what perfect tokens would have painted."""
     imgs, p = views[0], model.encoder.config["patch_size"]
@@ -185,21 +177,6 @@ def pictures(model, tokenizer, views, mask, source, path):
     rows = {"image": image, "visible": image * (1 - hidden) + 0.5 * hidden,
             "predicted, painted": image * (1 - hidden) + painted * hidden}
     data.save_rows(path, rows | best, title)
-
-
-def prepare_tokenizer(args, grid):
-    """The tokenizer of --tokenizer; one sentence if its grid is not that of the patches."""
-    path = args.tokenizer or f"out/dvae-{Path(args.data).name}/tokenizer.pt"
-    if not args.tokenizer and not Path(path).exists():
-        data.stop(f"there is no {path}: train it with python dvae.py --data {args.data}, name one with "
-                  f"--tokenizer FILE, or predict pixels with --target pixels")
-    tokenizer = load_tokenizer(path).to(args.device, memory_format=torch.channels_last)
-    if tokenizer.grid != grid:
-        data.stop(f"{path} makes {tokenizer.grid} x {tokenizer.grid} tokens, but the ViT has {grid} x {grid} "
-                  f"patches: use its --img_size and --patch_size here, or train another one with dvae.py")
-    if args.compile:
-        tokenizer.encoder.compile()
-    return tokenizer
 
 
 def main():

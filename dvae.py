@@ -278,6 +278,34 @@ def load_tokenizer(path):
     return model.requires_grad_(False).eval()
 
 
+def prepare_tokenizer(args, grid):
+    """The tokenizer of --tokenizer; one sentence if its grid is not that of the patches."""
+    path = args.tokenizer or f"out/dvae-{Path(args.data).name}/tokenizer.pt"
+    if not args.tokenizer and not Path(path).exists():
+        data.stop(f"there is no {path}: train it with python dvae.py --data {args.data}, name one with "
+                  f"--tokenizer FILE, or predict pixels with --target pixels")
+    tokenizer = load_tokenizer(path).to(args.device, memory_format=torch.channels_last)
+    if tokenizer.grid != grid:
+        data.stop(f"{path} makes {tokenizer.grid} x {tokenizer.grid} tokens, but the ViT has {grid} x {grid} "
+                  f"patches: use its --img_size and --patch_size here, or train another one with dvae.py")
+    if args.compile:
+        tokenizer.encoder.compile()
+    return tokenizer
+
+
+@torch.no_grad()
+def token_marginal(tokenizer, pixels):
+    """Entropy in nats of the frequencies of the codes of some images, share of the commonest code.
+
+    pixels (n, 3, s, s); asserts that they are what a tokenizer reads.
+    """
+    assert 0 <= pixels.min() and pixels.max() <= 1, (
+        f"pixels from {pixels.min():.2f} to {pixels.max():.2f}: a tokenizer reads [0, 1], not normalised")
+    ids = torch.cat([tokenizer.tokens(part) for part in pixels.split(100)])
+    share = ids.flatten().bincount(minlength=tokenizer.vocab).double() / ids.numel()
+    return -(share * share.clamp(min=1e-12).log()).sum().item(), share.max().item()
+
+
 # ---- what shows how the vocabulary is doing ----
 
 

@@ -1,0 +1,389 @@
+"""CAE: Context Autoencoder for Self-Supervised Representation Learning (Chen et al., 2022), arXiv:2202.03026.
+
+Separate learning to see from solving the task. The encoder reads the visible patches only. A regressor
+predicts, from them, what the encoder would have said of the hidden patches, and is held to it (alignment).
+The decoder turns these predictions into tokens: it never sees visible patches, so the encoder has to see.
+
+    L = CE(logits, z) + lambda mean (h_hat - sg[h])^2         both means over the hidden patches of all images
+    h_hat = regressor(encoder(visible))   h = encoder(hidden)   logits = decoder(h_hat)   z: codes of dvae.py
+    regressor, a block: x <- x + Attn(q = LN(x + pos), k = LN([visible, x] + pos), v = LN([visible, x]))
+                        x <- LN(x), x <- x + MLP(x)           from x = mask token
+
+Shapes: B images, N patches (no cls), M hidden and V = N - M visible ones, C width of the encoder, D of
+regressor and decoder, K codes.
+
+Deviations: the target comes from the encoder itself, at its present weights (the official code keeps a copy
+that lags one step; --momentum m keeps a running average); patches are picked before they are embedded; one
+fused bias for query, key and value, of which the key's part has no effect. The class token is never trained
+directly: the k-NN monitor reads the mean of the patch tokens.
+
+    python cae.py --data shapes                             # CPU, offline, after python dvae.py --data shapes
+    python cae.py --model micro                             # CIFAR-10, CPU, after dvae.py: not run yet
+    python cae.py                                           # CIFAR-10, ViT-Tiny/4, one GPU: not run yet
+    torchrun --nproc_per_node=8 cae.py --data imagenet      # ViT-B/16, 800 epochs: not run yet
+"""
+import copy
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+from dvae import prepare_tokenizer, token_marginal
+from vit import (SIZES, Block, Mlp, ViT, cosine_lr, drop_path, param_groups, set_lr, sincos_pos_embed,
+                 update_ema)
+
+# columns:             shapes, cifar10, cifar100, tiny-imagenet, imagenet (CAE-B, 800 epochs;
+#                      300 and 1600 epochs go with --warmup_epochs 10 and 40);
+# {"tiny": a, "micro": b} is b for --model micro, the laptop's, and a for every other model
+RECIPES = {
+    "model":           ("micro", "tiny", "tiny", "tiny", "base"),
+    "img_size":        (32, 32, 32, 64, 224),
+    "patch_size":      (4, 4, 4, 8, 16),
+    "epochs":          (12, {"tiny": 300, "micro": 11}, 300, 300, 800),
+    "batch_size":      (64, {"tiny": 512, "micro": 128}, 512, 512, 2048),
+    "lr":              (1e-3, 1e-3, 1e-3, 1e-3, 1.5e-3),
+    "min_lr":          1e-5,
+    "warmup_epochs":   (1.0, {"tiny": 30.0, "micro": 1.0}, 30.0, 30.0, 20.0),
+    "weight_decay":    0.05,
+    "clip_grad":       3.0,
+    "eval_every":      (6, {"tiny": 50, "micro": 11}, 50, 50, 100),
+    "tokenizer":       "",
+    "target":          "tokens",
+    "masking":         "block",
+    "num_masked":      (32, 32, 32, 32, 98),
+    "min_block":       (4, 4, 4, 4, 16),
+    "align_weight":    2.0,
+    "momentum":        0.0,
+    "regressor_depth": (2, 2, 2, 2, 4),
+    "decoder_depth":   (2, 2, 2, 2, 4),
+    "decoder_dim":     0,
+    "decoder_heads":   0,
+    "layer_scale":     {"base": 0.1, "large": 1e-5},
+    "drop_path":       (0.0, 0.0, 0.0, 0.0, 0.1),
+    "crop_scale":      (0.4, 0.4, 0.4, 0.4, 0.08),
+}
+FLAGS = {
+    "tokenizer": "tokenizer.pt of dvae.py (out/dvae-<data>/tokenizer.pt if not given)",
+    "target": ("predict the codes of the tokenizer, or the patches' normalised pixels, without a tokenizer",
+               ("tokens", "pixels")),
+    "masking": ("which patches are hidden: blocks, or at random", ("block", "random")),
+    "num_masked": "patches hidden in each image",
+    "min_block": "smallest number of patches of a block",
+    "align_weight": "weight lambda of the alignment",
+    "momentum": "of the copy of the encoder that gives the target; 0: the encoder itself",
+    "regressor_depth": "blocks of the regressor",
+    "decoder_depth": "blocks of the decoder",
+    "decoder_dim": "width of regressor and decoder; 0: the encoder's",
+    "decoder_heads": "their attention heads; 0: the encoder's",
+    "layer_scale": "first value of the layer scale in all three parts; 0: without",
+    "drop_path": "drop path rate of the last block of each part",
+    "crop_scale": "smallest area of the random crop, as a share of the image",
+}
+
+
+def draw_masks(masking, B, grid, num_masked, min_block, device):
+    """-> mask (B, N) bool, True = hidden, exactly num_masked in each image"""
+    if masking == "block":
+        return data.blockwise_mask(B, grid, num_masked, min_block, device=device)
+    return torch.rand(B, grid * grid, device=device).argsort(1).argsort(1) < num_masked
+
+
+def split_ids(mask, num_masked):
+    """Numbers of the hidden (B, M) and of the visible patches (B, V) of a mask (B, N), in raster order."""
+    order = mask.int().argsort(dim=1, descending=True, stable=True)
+    return order[:, :num_masked], order[:, num_masked:]
+
+
+def take(x, ids):
+    """Gather tokens: x (B, n) or (B, n, D), ids (B, m) -> (B, m) or (B, m, D)"""
+    return x.gather(1, ids) if x.ndim == 2 else x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def row_first_pos_embed(dim, grid):
+    """CAE's sine-cosine positions, (1, 1 + N, dim): MAE's with the halves for row and column exchanged."""
+    return sincos_pos_embed(dim, grid).roll(dim // 2, -1)
+
+
+def pixel_targets(imgs, p):
+    """Patches, each normalised by mean and (biased) variance: (B, 3, H, W) -> (B, N, P), channel first."""
+    patches = F.pixel_unshuffle(imgs.float(), p).flatten(2).transpose(1, 2)
+    return F.layer_norm(patches, patches.shape[-1:], eps=1e-6)
+
+
+class CrossAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v with q, k, v from three sources; no bias on k."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(3))
+        self.k = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, q, k, v):
+        """(B, m, D), (B, n, D), (B, n, D) -> (B, m, D)"""
+        q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)              # (B, H, ., d)
+                   for layer, x in ((self.q, q), (self.k, k), (self.v, v)))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class RegressorBlock(nn.Module):
+    """Hidden patches ask visible ones and themselves; positions on queries and keys only (3.2).
+
+    norm2_cross is on the residual stream itself, not in front of the MLP's branch.
+    """
+
+    def __init__(self, dim, num_heads, rate=0.0, layer_scale=0.0):
+        super().__init__()
+        self.norm1_q, self.norm1_k, self.norm1_v, self.norm2_cross = (
+            nn.LayerNorm(dim, eps=1e-6) for _ in range(4))
+        self.cross_attn, self.mlp_cross = CrossAttention(dim, num_heads), Mlp(dim, 4 * dim)
+        self.drop_path = rate
+        self.gamma_1_cross = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+        self.gamma_2_cross = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+
+    def residual(self, branch, gamma):
+        branch = branch if gamma is None else gamma * branch
+        return drop_path(branch, self.drop_path) if self.training and self.drop_path else branch
+
+    def forward(self, x, pos, visible, pos_visible):
+        """x, pos (B, M, D) of the hidden patches; visible, pos_visible (B, V, D) -> (B, M, D)"""
+        kv = torch.cat([visible, x], 1)                                                     # (B, V + M, D)
+        k = self.norm1_k(kv + torch.cat([pos_visible, pos], 1))
+        x = x + self.residual(self.cross_attn(self.norm1_q(x + pos), k, self.norm1_v(kv)), self.gamma_1_cross)
+        x = self.norm2_cross(x)
+        return x + self.residual(self.mlp_cross(x), self.gamma_2_cross)
+
+
+class CAE(nn.Module):
+    """Encoder (a ViT), regressor, decoder and both losses."""
+
+    def __init__(self, encoder, num_out, num_masked=98, regressor_depth=4, decoder_depth=4, decoder_dim=0,
+                 decoder_heads=0, layer_scale=0.1, drop_path=0.0, align_weight=2.0, target="tokens",
+                 momentum=0.0):
+        super().__init__()
+        self.num_masked, self.align_weight, self.target = num_masked, align_weight, target
+        C, grid = encoder.config["embed_dim"], encoder.config["img_size"] // encoder.config["patch_size"]
+        D, heads = decoder_dim or C, decoder_heads or encoder.config["num_heads"]
+        self.encoder = encoder
+        encoder.pos_embed.data.copy_(row_first_pos_embed(C, grid))
+        self.encoder_to_decoder = None if D == C else nn.Linear(C, D)
+        self.encoder_to_decoder_norm = None if D == C else nn.LayerNorm(D, eps=1e-6)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.pos_embed = nn.Parameter(row_first_pos_embed(D, grid)[:, 1:], requires_grad=False)  # (1, N, D)
+
+        def rates(depth):
+            return [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.regressor_blocks = nn.ModuleList(RegressorBlock(D, heads, rate, layer_scale)
+                                              for rate in rates(regressor_depth))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.decoder_blocks = nn.ModuleList(Block(D, heads, drop_path=rate, layer_scale=layer_scale)
+                                            for rate in rates(decoder_depth))
+        self.norm2 = nn.LayerNorm(D, eps=1e-6)
+        self.head = nn.Linear(D, num_out)                       # K codes, or the P values of a patch
+        self.apply(init_weights)
+        for p in (self.mask_token, encoder.cls_token):
+            nn.init.trunc_normal_(p, std=0.02, a=-0.02, b=0.02)
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False) if momentum else None
+
+    def encode(self, encoder, imgs, ids):
+        """Some patches of the images: (B, 3, H, W), ids (B, n) -> latents (B, n, D), no class token"""
+        patches, pos = encoder.patch_embed.patches(imgs), encoder.pos_embed                 # (B, N, P), ...
+        x = encoder.patch_embed.embed(take(patches, ids)) + pos[0, 1:][ids]                 # (B, n, C)
+        x = torch.cat([(encoder.cls_token + pos[:, :1]).expand(len(x), -1, -1), x], 1)
+        x = encoder.norm(encoder.forward_blocks(x)[-1])[:, 1:]
+        if self.encoder_to_decoder is not None:
+            x = self.encoder_to_decoder_norm(self.encoder_to_decoder(x))                    # (B, n, D)
+        return x
+
+    def regress(self, visible, ids_visible, ids_hidden):
+        """Latents of the visible patches (B, V, D) -> those of the hidden ones, predicted, (B, M, D)"""
+        pos, pos_visible = self.pos_embed[0][ids_hidden], self.pos_embed[0][ids_visible]
+        x = self.mask_token.to(visible.dtype).expand(*ids_hidden.shape, -1)                 # (B, M, D)
+        for block in self.regressor_blocks:
+            x = block(x, pos, visible, pos_visible)
+        return self.norm(x)
+
+    def decode(self, latent, ids):
+        """Latents of some patches (B, n, D), whose numbers are ids (B, n) -> logits (B, n, K) or pixels"""
+        x = latent + self.pos_embed[0][ids]
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.head(self.norm2(x)).float()
+
+    def prediction_loss(self, pred, target):
+        """Of hidden patches: pred (B, M, K), target (B, M) codes, or (B, M, P) both. -> loss, share right"""
+        if self.target == "pixels":
+            return (pred - target).square().mean(), pred.new_zeros(())
+        accuracy = (pred.argmax(-1) == target).float().mean()
+        return F.cross_entropy(pred.flatten(0, 1), target.flatten()), accuracy
+
+    def forward(self, imgs, target, mask):
+        """target: codes (B, N) long, or pixels (B, N, P); mask (B, N) bool. -> loss, {name: what to log}"""
+        hidden, visible = split_ids(mask, self.num_masked)
+        latent_pred = self.regress(self.encode(self.encoder, imgs, visible), visible, hidden)
+        pred = self.decode(latent_pred, hidden)                                             # (B, M, K)
+        with torch.no_grad():
+            latent = self.encode(self.teacher or self.encoder, imgs, hidden).float()        # (B, M, D)
+        on_pred, accuracy = self.prediction_loss(pred, take(target, hidden))
+        latent_pred = latent_pred.float()
+        align = (latent_pred - latent).square().mean()
+        spread, spread_pred = (x.detach().flatten(0, 1).var(0).mean() for x in (latent, latent_pred))
+        logs = {"prediction": on_pred, "accuracy": accuracy, "align": align, "r2": 1 - align / spread,
+                "target_std": spread.sqrt(), "pred_std": spread_pred.sqrt()}
+        return on_pred + self.align_weight * align, logs
+
+    def features(self, imgs):
+        """(B, 3, H, W) -> (B, C): the mean of the patch tokens of the whole image"""
+        return self.encoder.forward_features(imgs)[:, 1:].mean(1)
+
+
+def init_weights(module):
+    """The official initialisation: linear layers Xavier uniform, convolutions N(0, 0.02^2) cut at one std."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+    if isinstance(module, nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def direct(model, imgs, target, mask):
+    """Is the regressor's space the encoder's? Loss and share of right codes at the hidden patches, decoded
+    from the regressor's predictions, and straight from the encoder's latents of the same patches.
+    """
+    hidden, visible = split_ids(mask, model.num_masked)
+    latent_pred = model.regress(model.encode(model.encoder, imgs, visible), visible, hidden)
+    latent, target, result = model.encode(model.encoder, imgs, hidden), take(target, hidden), {}
+    for name, x in (("regressor", latent_pred), ("direct", latent)):
+        loss, accuracy = model.prediction_loss(model.decode(x, hidden), target)
+        result |= {f"{name}_loss": loss.item(), f"{name}_accuracy": accuracy.item()}
+    return result
+
+
+@torch.no_grad()
+def pictures(model, tokenizer, views, mask, source, path):
+    """Rows: image, visible part, prediction pasted into it, all patches decoded straight from the encoder."""
+    imgs, p, (B, N) = views[0], model.encoder.config["patch_size"], mask.shape
+    g = math.isqrt(N)
+    hidden, visible = split_ids(mask, model.num_masked)
+    everywhere = torch.arange(N, device=imgs.device).expand(B, -1)
+    latent = model.regress(model.encode(model.encoder, imgs, visible), visible, hidden)
+    pred = model.decode(latent, hidden)                                                     # (B, M, K or P)
+    straight = model.decode(model.encode(model.encoder, imgs, everywhere), everywhere)      # (B, N, K or P)
+    if model.target == "pixels":
+        patches = F.pixel_unshuffle(imgs, p).flatten(2).transpose(1, 2)                     # (B, N, P)
+        mean, std = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+        def paint(x):
+            x = (x * std + mean).transpose(1, 2).unflatten(2, (g, g))
+            return data.to_pixels(F.pixel_shuffle(x, p), source)
+        everything = patches.scatter(1, hidden[:, :, None].expand(-1, -1, pred.shape[2]), pred)
+        best, title = {}, "brightness and contrast of the patches are the true ones"
+    else:
+        ids = tokenizer.tokens(views[1])
+
+        def paint(codes):
+            return data.resize(tokenizer.paint(codes), imgs.shape[-1]).cpu()
+        everything, straight = ids.scatter(1, hidden, pred.argmax(-1)), straight.argmax(-1)
+        best = {"true codes, painted": paint(ids)}
+        title = (f"right codes: {(pred.argmax(-1) == take(ids, hidden)).float().mean():.1%} of the hidden "
+                 f"ones, {(straight == ids).float().mean():.1%} straight from the encoder")
+    image = data.to_pixels(imgs, source)
+    hole = F.interpolate(mask.float().view(-1, 1, g, g), scale_factor=p).cpu()
+    rows = {"image": image, "visible": image * (1 - hole) + 0.5 * hole,
+            "predicted, painted": image * (1 - hole) + paint(everything) * hole,
+            "straight from\nthe encoder": paint(straight)}
+    data.save_rows(path, rows | best, title)
+
+
+def main():
+    args = data.parse_args(__doc__, RECIPES, FLAGS)
+    grid = args.img_size // args.patch_size
+    if not 0 < args.num_masked < grid ** 2:
+        data.stop(f"--num_masked {args.num_masked} must lie between 1 and {grid ** 2 - 1}: "
+                  f"{grid ** 2 // 2} is half of the patches")
+    width, heads = (args.decoder_dim or SIZES[args.model]["embed_dim"],
+                    args.decoder_heads or SIZES[args.model]["num_heads"])
+    if width % heads or width % 4:
+        data.stop(f"--decoder_dim {width} must be divisible by 4 and by --decoder_heads {heads}")
+    device = data.setup(args)
+    tokenizer = prepare_tokenizer(args, grid) if args.target == "tokens" else None
+    train_set, val_set = data.load_sets(args)
+    size = tokenizer.img_size if tokenizer else 0
+    loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5,
+                                                     tokenizer_size=size)])
+
+    encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="sincos",
+                  layer_scale=args.layer_scale, drop_path=args.drop_path)
+    num_out = tokenizer.vocab if tokenizer else 3 * args.patch_size ** 2
+    model = CAE(encoder, num_out, args.num_masked, args.regressor_depth, args.decoder_depth, args.decoder_dim,
+                args.decoder_heads, args.layer_scale, args.drop_path, args.align_weight, args.target,
+                args.momentum).to(device)
+    net = data.wrap(model, args)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
+                                  betas=(0.9, 0.999), fused="mps" not in args.device)
+    scaler = data.make_scaler(args)
+    start = data.load_checkpoint(args, model=model, optimizer=optimizer, scaler=scaler)
+    few = data.View(args.img_size, tokenizer_size=size)
+    trivial = "1.0 (the mean of every patch)"
+    if tokenizer:
+        entropy, commonest = token_marginal(tokenizer, data.some_images(args, val_set, 1000, few)[1])
+        trivial = (f"prediction ln {num_out} = {math.log(num_out):.3f}; knowing how often each code occurs "
+                   f"{entropy:.3f}, accuracy of the commonest {commonest:.3f}")
+    data.describe(args, model, loader, f"{trivial}; alignment: R2 0")
+    log = data.Log(args, loader, start)
+
+    def targets(imgs, pixels):
+        with torch.no_grad():                                   # in float32
+            return tokenizer.tokens(*pixels) if tokenizer else pixel_targets(imgs, args.patch_size)
+
+    def evaluate(step):
+        torch.manual_seed(0)                                    # the same masks every time
+        views = data.some_images(args, val_set, 200, few)
+        views = views if tokenizer else [views]
+        mask = draw_masks(args.masking, len(views[0]), grid, args.num_masked, args.min_block, device)
+        model.eval()
+        result = direct(model, views[0], targets(views[0], views[1:]), mask)
+        pictures(model, tokenizer, [view[:8] for view in views], mask[:8], val_set,
+                 Path(args.output_dir, "pictures", f"{step:06d}.png"))
+        log.write(step, **result, knn=data.knn_monitor(args, model, train_set, val_set))
+
+    if start == 0:
+        evaluate(0)
+    for step, batch in loader.steps(start):
+        lr = cosine_lr(step / loader.epoch_steps, args)
+        set_lr(optimizer, lr)
+        total, logs = 0, {}
+        for (imgs, *pixels), _ in batch:                        # the labels are never used
+            mask = draw_masks(args.masking, len(imgs), grid, args.num_masked, args.min_block, device)
+            target = targets(imgs, pixels)
+            with data.autocast(args):
+                loss, values = net(imgs, target, mask)
+            scaler.scale(loss / args.accum_steps).backward()
+            total = total + loss.detach() / args.accum_steps
+            logs = {name: logs.get(name, 0) + v.detach() / args.accum_steps for name, v in values.items()}
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        if args.momentum:
+            update_ema(model.teacher, encoder, args.momentum)   # before the step, as in the official code
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        log.step(step, loss=total, **logs, lr=lr)
+        if log.evaluates(step):
+            evaluate(step + 1)
+        if log.saves(step):
+            data.save_encoder(args, encoder, train_set)
+            data.save_checkpoint(args, step + 1, model=model, optimizer=optimizer, scaler=scaler)
+        if log.interrupted:
+            break
+    log.finish()
+
+
+if __name__ == "__main__":
+    main()
