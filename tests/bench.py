@@ -37,7 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
 from beit import BEiT, draw_masks  # noqa: E402
+from cae import CAE  # noqa: E402
 from dvae import DVAE  # noqa: E402
+from ibot import IBOT, Head, Network, draw_masks as ibot_masks, most_hidden  # noqa: E402
 from mae import MAE  # noqa: E402
 from vit import SIZES, Mlp, ViT, param_groups  # noqa: E402
 
@@ -46,6 +48,8 @@ TABLE = (  # what runs without flags
     "--method mae --model tiny --img_size 32 --patch_size 4 --batch_size 256",
     "--method beit --model base --img_size 224 --patch_size 16 --batch_size 8",
     "--method beit --model tiny --img_size 32 --patch_size 4 --batch_size 256",
+    "--method cae --model base --img_size 224 --patch_size 16 --batch_size 8",
+    "--method ibot --model small --img_size 224 --patch_size 16 --batch_size 2",
     "--method dvae --model tiny --img_size 32 --patch_size 4 --batch_size 64",
 )
 AMP = {"float32": "none", "bfloat16": "bf16", "float16": "fp16"}        # autocast, as --amp of the scripts
@@ -91,7 +95,39 @@ def dvae(args):
     return model, param_groups(model, 1e-4), lambda net, imgs: net(imgs.sigmoid(), tau, beta)[0]
 
 
-METHODS = {"beit": beit, "dvae": dvae, "mae": mae, "vit": vit}
+def cae(args):
+    """The student's step alone: random codes, no tokenizer."""
+    large, grid = args.img_size > 64, args.img_size // args.patch_size
+    vocab, num_masked, min_block, depth = (8192, 98, 16, 4) if large else (1024, 32, 4, 2)
+    encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="sincos", layer_scale=0.1)
+    model = CAE(encoder, vocab, num_masked, depth, depth)
+    codes = torch.randint(vocab, (args.batch_size, grid ** 2), device=args.device)
+    mask = draw_masks("block", args.batch_size, grid, num_masked, min_block, args.device)
+    return model, param_groups(model, 0.05, no_decay=()), lambda net, imgs: net(imgs, codes, mask)[0]
+
+
+def ibot(args):
+    """Two global and ten local crops of 96 px; at 32 px six of 16. Teacher, centres and masks included."""
+    large, grid = args.img_size > 64, args.img_size // args.patch_size
+    hidden, out_dim, count, size = (2048, 8192, 10, 96) if large else (1024, 4096, 6, 16)
+    flags = argparse.Namespace(pred_ratio="0,0.3", pred_ratio_var="0,0.2", pred_shape="block")
+
+    def network():
+        backbone = ViT(args.img_size, args.patch_size, **SIZES[args.model])
+        return Network(backbone, Head(backbone.config["embed_dim"], hidden, 256, out_dim))
+    model = IBOT(network(), network(), most_hidden(flags, 2 * args.batch_size, grid))
+    local = [torch.randn(args.batch_size, 3, size, size, device=args.device) for _ in range(count)]
+    temp = torch.full((), 0.04, device=args.device)
+
+    def loss_of(net, imgs):
+        mask = ibot_masks(flags, 2 * args.batch_size, grid, args.device)
+        loss, _, means = net([imgs, imgs.flip(3)], local, mask, temp, temp)
+        model.update(means, 0.996)
+        return loss
+    return model, param_groups(model, 0.04, no_decay=()), loss_of
+
+
+METHODS = {"beit": beit, "cae": cae, "dvae": dvae, "ibot": ibot, "mae": mae, "vit": vit}
 
 
 # ---- measuring ----
