@@ -1,0 +1,588 @@
+"""BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers (Peng et al., 2022),
+arXiv:2208.06366.
+
+Two stages. VQ-KD: a tokenizer whose codes must suffice to rebuild the features of a teacher, so that they
+stand for meaning, not for colour. Then BEiT's masked prediction of these codes, with a second head: the class
+token of the last block and the patches of an early one go through two more blocks and predict the codes
+again, so the class token has to hold what early patches cannot know: the whole image.
+
+    tokenizer     L = mean_i (1 - cos(decoder(q)_i, teacher_i)) + commit mean (sg[q] - u)^2    u = z / |z|
+                  q_i = e_k, k = argmax_k u_i . e_k; the gradient at q goes to u (straight through)
+                  e_k <- norm(0.99 e_k + 0.01 norm(sum of the u_i of code k)), for the codes of a batch
+    pre-training  L = CE(W LN(x_L), codes) + CE(W LN(branch([cls_L; patches_l])), codes), at hidden patches
+
+Shapes: B images, N patches (no cls), M hidden ones of each, C width, E of a code, K codes, T width of the
+teacher.
+
+The teacher is an encoder.pt of ours (iBOT's by default, MAE's, a supervised one) or a file of DINO or timm.
+
+Deviations: k-means on vectors of all ranks, on one rank, then broadcast; codes that no vector chose for a
+while restart at random vectors (--restart, off on ImageNet); the branch starts like the other blocks; masks,
+tokenizer view and fused biases as in beit.py.
+
+    python beit_v2.py --data shapes                         # CPU, both stages, after ibot.py --data shapes
+    python beit_v2.py                                       # CIFAR-10, one GPU, after ibot.py: not run yet
+    python beit_v2.py --stage tokenizer --teacher out/mae-cifar10/encoder.pt            # one stage
+    torchrun --nproc_per_node=8 beit_v2.py --data imagenet  # 300 epochs, after ibot.py: not run yet
+"""
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import data
+from vit import SIZES, Block, ViT, cosine_lr, load_weights, param_groups, read_encoder, set_lr
+
+# columns:             shapes, cifar10, cifar100, tiny-imagenet, imagenet (the paper's appendix);
+# {"tiny": a, "micro": b} is b for --model micro, the laptop's, and a for every other model
+SHARED = {
+    "stage":           "both",
+    "tokenizer":       "",
+    "model":           ("micro", "tiny", "tiny", "tiny", "base"),
+    "img_size":        (32, 32, 32, 64, 224),
+    "patch_size":      (4, 4, 4, 8, 16),
+    "min_lr":          1e-5,
+}
+RECIPES = {
+    "tokenizer": SHARED | {
+        "epochs":          (8, {"tiny": 100, "micro": 6}, 100, 100, 100),
+        "batch_size":      (64, {"tiny": 512, "micro": 128}, 512, 512, 512),
+        "blr":             (2e-3, {"tiny": 1e-4, "micro": 1e-3}, 1e-4, 1e-4, 1e-4),
+        "warmup_epochs":   (0.5, {"tiny": 10.0, "micro": 0.5}, 10.0, 10.0, 10.0),
+        "weight_decay":    1e-4,
+        "eval_every":      (4, {"tiny": 20, "micro": 6}, 20, 20, 20),
+        "teacher":         "",
+        "num_codes":       {"tiny": 1024, "micro": 512, "base": 8192},
+        "code_dim":        (16, 16, 16, 16, 32),
+        "decoder_depth":   (1, 1, 1, 1, 3),
+        "commit":          1.0,
+        "decay":           0.99,
+        "restart":         (50, 100, 100, 100, 0),
+        "crop_scale":      (0.4, 0.4, 0.4, 0.4, 0.08),
+    },
+    "pretrain": SHARED | {                             # 1600 epochs: --beta2 0.999 --drop_path 0.1
+        "epochs":          (12, {"tiny": 300, "micro": 9}, 300, 300, 300),
+        "batch_size":      (64, {"tiny": 512, "micro": 128}, 512, 512, 2048),
+        "lr":              1.5e-3,
+        "warmup_epochs":   (1.0, {"tiny": 10.0, "micro": 1.0}, 10.0, 10.0, 10.0),
+        "weight_decay":    0.05,
+        "beta2":           0.98,
+        "clip_grad":       3.0,
+        "eval_every":      (6, {"tiny": 50, "micro": 9}, 50, 50, 50),
+        "num_masked":      (26, 26, 26, 26, 75),
+        "min_block":       (4, 4, 4, 4, 16),
+        "early_layer":     {"tiny": 9, "micro": 4, "large": 21},
+        "branch_depth":    2,
+        "shared_head":     True,
+        "layer_scale":     {"base": 0.1, "large": 1e-5},
+        "drop_path":       0.0,
+        "crop_scale":      (0.4, 0.4, 0.4, 0.4, 0.2),
+        "color_jitter":    (0.0, 0.0, 0.0, 0.0, 0.4),
+    },
+}
+FLAGS = {
+    "stage": ("train the tokenizer, pre-train, or one after the other", ("both", "tokenizer", "pretrain")),
+    "tokenizer": "tokenizer.pt of the first stage (out/beit_v2-tokenizer-<data>/tokenizer.pt if not given)",
+    "teacher": "encoder whose features are rebuilt (out/ibot-<data>/encoder.pt if not given)",
+    "num_codes": "codes in the vocabulary",
+    "code_dim": "width of a code",
+    "decoder_depth": "blocks of the tokenizer's decoder",
+    "commit": "weight of the commitment loss",
+    "decay": "momentum of the codes",
+    "restart": "steps between restarts of unused codes, in the first 80% of the training; 0: never",
+    "beta2": "AdamW's second beta",
+    "num_masked": "patches hidden in each image",
+    "min_block": "smallest number of patches of a block",
+    "early_layer": "the branch reads the patches after this block",
+    "branch_depth": "blocks of the class token's branch; 0: without",
+    "shared_head": "both heads are one",
+    "layer_scale": "first value of the layer scale; 0: without",
+    "drop_path": "drop path rate of the last block",
+    "crop_scale": "smallest area of the random crop, as a share of the image",
+    "color_jitter": "strength of the jitter of brightness, contrast and saturation",
+}
+
+# ---- stage 1: the tokenizer ----
+
+
+class Quantizer(nn.Module):
+    """Vectors -> nearest of K unit codes. The codes have no gradient: `update` moves them after a step."""
+
+    def __init__(self, num_codes, dim, decay=0.99, commit=1.0):
+        super().__init__()
+        self.decay, self.commit = decay, commit
+        self.register_buffer("codebook", F.normalize(torch.randn(num_codes, dim), dim=1))
+        self.register_buffer("hits", torch.zeros(num_codes))    # since the last restart
+
+    def nearest(self, z):
+        """(..., E) -> unit vectors u (..., E), numbers of their codes (...); float32"""
+        u = F.normalize(z.float(), dim=-1)
+        return u, (u @ self.codebook.T).argmax(-1)
+
+    def forward(self, z):
+        """(n, E) -> q (n, E) with the gradient of u, numbers (n,), commitment loss, what `update` needs"""
+        u, ids = self.nearest(z)
+        q = self.codebook[ids]
+        loss = self.commit * (q - u).square().mean()
+        with torch.no_grad():
+            sums = torch.zeros_like(self.codebook).index_add_(0, ids, u)                    # (K, E)
+            counts = torch.zeros_like(self.hits).index_add_(0, ids, torch.ones_like(u[:, 0]))
+        return u + (q - u).detach(), ids, loss, (sums, counts)
+
+    @torch.no_grad()
+    def update(self, sums, counts):
+        """Codes of this batch, of all ranks, move towards the direction of the sum of their vectors."""
+        sums, counts = data.all_sum(sums), data.all_sum(counts)
+        moved = F.normalize(self.decay * self.codebook + (1 - self.decay) * F.normalize(sums, dim=1), dim=1)
+        self.codebook.copy_(torch.where(counts[:, None] > 0, moved, self.codebook))
+        self.hits += counts
+
+    @torch.no_grad()
+    def restart(self, z):
+        """Codes without a hit since the last call begin anew at random vectors of z (n, E), of all ranks."""
+        u = from_all_ranks(F.normalize(z.float(), dim=1))
+        fresh = u[torch.randint(len(u), (len(self.codebook),), device=u.device)]
+        self.codebook.copy_(from_first_rank(torch.where(self.hits[:, None] > 0, self.codebook, fresh)))
+        self.hits.zero_()
+
+    @torch.no_grad()
+    def start(self, z):
+        """k-means on the vectors z (n, E) of all ranks gives the first codes."""
+        self.codebook.copy_(from_first_rank(
+            spherical_kmeans(from_all_ranks(F.normalize(z.float(), dim=1)), len(self.codebook))))
+
+
+def spherical_kmeans(u, num_codes, iterations=10):
+    """Unit vectors (n, E) -> unit means (K, E), started at random rows; an empty cluster keeps its mean."""
+    n = len(u)
+    rows = torch.randperm(n, device=u.device) if n >= num_codes else torch.randint(
+        n, (num_codes,), device=u.device)
+    means = u[rows[:num_codes]]
+    for _ in range(iterations):
+        sums = torch.zeros_like(means).index_add_(0, (u @ means.T).argmax(1), u)
+        means = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), means)
+    return means
+
+
+def from_all_ranks(x):
+    """The rows of all ranks (the same number on each)"""
+    if data.world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(data.world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def from_first_rank(x):
+    if data.world_size() > 1:
+        dist.broadcast(x, 0)
+    return x
+
+
+class VQKD(nn.Module):
+    """Encoder, quantizer and decoder; `tokens` is what pre-training uses."""
+
+    def __init__(self, encoder, num_codes=8192, code_dim=32, decoder_depth=3, teacher_dim=768, commit=1.0,
+                 decay=0.99):
+        super().__init__()
+        config, C = encoder.config, encoder.config["embed_dim"]
+        self.config = {"encoder": config, "num_codes": num_codes, "code_dim": code_dim,
+                       "decoder_depth": decoder_depth, "teacher_dim": teacher_dim}
+        self.img_size, self.vocab = config["img_size"], num_codes
+        self.grid = self.img_size // config["patch_size"]
+        self.encoder = encoder
+        self.encode_task_layer = nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, code_dim))
+        self.quantizer = Quantizer(num_codes, code_dim, decay, commit)
+        self.decoder = ViT(self.grid, 1, C, decoder_depth, config["num_heads"])
+        self.decoder.patch_embed.proj = nn.Conv2d(code_dim, C, 1)  # codes in the place of pixels
+        self.decode_task_layer = nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, teacher_dim))
+        for layer in (*self.encode_task_layer[::2], *self.decode_task_layer[::2]):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        for part in (encoder, self.decoder):
+            rescale(part.blocks)
+
+    def vectors(self, imgs):
+        """(B, 3, H, W) in [-1, 1] -> vectors to be quantized (B, N, E), float32"""
+        x = self.encoder.forward_features(imgs)[:, 1:]                                      # (B, N, C)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.encode_task_layer(x.float())
+
+    def tokens(self, imgs):
+        """Pixels (B, 3, s, s) in [0, 1], not normalised -> codes (B, N) long, in raster order"""
+        assert imgs.shape[1:] == (3, self.img_size, self.img_size), (
+            f"{tuple(imgs.shape)}, but this tokenizer reads (B, 3, {self.img_size}, {self.img_size})")
+        return self.quantizer.nearest(self.vectors(2 * imgs - 1))[1]
+
+    def rebuild(self, q):
+        """Codes' vectors (B, N, E) -> features of the teacher, rebuilt, (B, N, T)"""
+        x = q.transpose(1, 2).unflatten(2, (self.grid, self.grid))                          # (B, E, h, w)
+        return self.decode_task_layer(self.decoder.forward_features(x)[:, 1:]).float()
+
+    def forward(self, imgs, target):
+        """(B, 3, H, W) in [-1, 1], teacher's features (B, N, T) -> loss, rec, commit, (sums, counts), z"""
+        z = self.vectors(imgs)
+        q, _, commit, moments = self.quantizer(z.flatten(0, 1))
+        rec = (1 - F.cosine_similarity(self.rebuild(q.view_as(z)), target, dim=-1)).mean()
+        return rec + commit, rec, commit, moments, z.detach().flatten(0, 1)
+
+
+def rescale(blocks, first=1):
+    """Divide what each block adds by sqrt(2 l), l its number from `first` on, as BEiT does."""
+    for i, block in enumerate(blocks, start=first):
+        block.attn.proj.weight.data /= math.sqrt(2 * i)
+        block.mlp.fc2.weight.data /= math.sqrt(2 * i)
+
+
+class Teacher(nn.Module):
+    """A frozen encoder's patch features of images in [-1, 1], one for each patch of the student."""
+
+    def __init__(self, path, grid):
+        super().__init__()
+        state, config, mean, std = read_encoder(path)
+        self.vit = ViT(**config | {"num_classes": 0, "drop_path": 0.0})
+        load_weights(self.vit, {k: v for k, v in state.items() if not k.startswith("head.")}, path)
+        self.size, self.dim = grid * config["patch_size"], config["embed_dim"]
+        own = config["img_size"] // config["patch_size"]
+        if own != grid and self.vit.pos_embed is None:
+            data.stop(f"the teacher {path} has {own} x {own} patches and relative positions, but the student "
+                      f"has {grid} x {grid}: use a teacher of that grid, or one with absolute positions")
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, imgs):
+        """(B, 3, H, W) in [-1, 1] -> (B, N, T) float32; images are resized so that the grids agree."""
+        self.eval()
+        pixels = data.resize((imgs + 1).clamp(0, 2) / 2, self.size)
+        return self.vit.fc_norm(self.vit.forward_features((pixels - self.mean) / self.std))[:, 1:].float()
+
+
+@torch.no_grad()
+def monitor(args, model, teacher, source, view):
+    """The vocabulary over all images of a set. -> usage, perplexity, cosine to the teacher; counts (K,)"""
+    model.eval()
+    counts = torch.zeros_like(model.quantizer.hits, dtype=torch.long)
+    sums = torch.zeros(2, device=args.device)
+    for (imgs,), _ in data.Loader(args, source, [view], train=False):
+        with data.autocast(args):
+            z = model.vectors(imgs)
+            _, ids = model.quantizer.nearest(z)
+            rebuilt = model.rebuild(model.quantizer.codebook[ids])
+            near = F.cosine_similarity(rebuilt, teacher(imgs), dim=-1).mean(1)              # (B,)
+        counts += ids.flatten().bincount(minlength=model.vocab)
+        sums += torch.stack([near.sum(), sums.new_tensor(len(imgs))])
+    model.train()
+    near, seen = data.all_sum(sums).tolist()
+    share = data.all_sum(counts).double() / counts.sum()
+    entropy = -(share * share.clamp(min=1e-12).log()).sum().item()
+    return {"usage": (counts > 0).double().mean().item(), "perplexity": math.exp(entropy),
+            "cosine": near / seen}, counts.cpu()
+
+
+@torch.no_grad()
+def tokenizer_pictures(model, teacher, imgs, counts, folder, step):
+    """<step>.png: images, how near the rebuilt features are; words.png: patches of the commonest codes."""
+    model.eval()
+    ids = torch.cat([model.quantizer.nearest(model.vectors(part))[1] for part in imgs.split(100)])  # (n, N)
+    few = imgs[:8]
+    near = F.cosine_similarity(model.rebuild(model.quantizer.codebook[ids[:8]]), teacher(few), dim=-1)
+    model.train()
+    pixels, p = (imgs + 1) / 2, model.encoder.config["patch_size"]
+    data.save_rows(folder / f"{step:06d}.png", {"image": pixels[:8], "cosine to\nthe teacher": near.unflatten(
+        1, (model.grid, model.grid))}, f"features rebuilt from codes: mean cosine {near.mean():.3f}")
+    around = F.unfold(F.pad(pixels, (p,) * 4, mode="reflect"), 3 * p, stride=p)             # (n, 27 p p, N)
+    around, rows = around.transpose(1, 2).reshape(-1, 3, 3 * p, 3 * p), {}
+    for k in counts.argsort(descending=True)[:10].tolist():
+        members = (ids.flatten() == k).nonzero()[:, 0]
+        picked = members[torch.linspace(0, len(members) - 1, min(12, len(members))).long()]
+        rows[f"{counts[k] / counts.sum():.1%} of all"] = around[picked]
+    data.save_rows(folder / "words.png", {label: row for label, row in rows.items() if len(row)},
+                   f"patches (the middle third) of the commonest codes; {(counts > 0).sum()} of "
+                   f"{len(counts)} codes are used")
+
+
+def train_tokenizer(args):
+    """Stage 1: VQ-KD."""
+    grid = args.img_size // args.patch_size
+    path = args.teacher or f"out/ibot-{Path(args.data).name}/encoder.pt"
+    device = data.setup(args)
+    if not Path(path).exists():
+        data.stop(f"there is no teacher {path}: train one with python ibot.py --data {args.data}, or name an "
+                  f"encoder with --teacher FILE")
+    teacher = Teacher(path, grid).to(device)
+    train_set, val_set = data.load_sets(args)
+    for source in (train_set, val_set):
+        source.mean, source.std = (0.5,) * 3, (0.5,) * 3        # the tokenizer reads pixels in [-1, 1]
+    whole = data.View(args.img_size)
+    loader = data.Loader(args, train_set,
+                         [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5)])
+    encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model])
+    model = VQKD(encoder, args.num_codes, args.code_dim, args.decoder_depth, teacher.dim, args.commit,
+                 args.decay).to(device)
+    net = data.wrap(model, args)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.99),
+                                  fused="mps" not in args.device)
+    scaler = data.make_scaler(args)
+    start = data.load_checkpoint(args, model=model, optimizer=optimizer, scaler=scaler)
+    data.describe(args, model, loader, "1.0 (features that know nothing of the teacher's)")
+    log = data.Log(args, loader, start)
+
+    def evaluate(step):
+        result, counts = monitor(args, model, teacher, val_set, whole)
+        tokenizer_pictures(model, teacher, data.some_images(args, val_set, 500, whole), counts,
+                           Path(args.output_dir, "pictures"), step)
+        log.write(step, **result)
+        if data.rank() == 0 and result["usage"] < 0.2 and step:
+            print(f"only {result['usage']:.0%} of the codes occur: try --restart 50, fewer --num_codes or a "
+                  f"smaller --code_dim", flush=True)
+
+    for step, batch in loader.steps(start):
+        lr = cosine_lr(step / loader.epoch_steps, args)
+        set_lr(optimizer, lr)
+        total, rec, commit, moments = 0, 0, 0, (0, 0)
+        for (imgs,), _ in batch:                                # the labels are never used
+            with data.autocast(args):
+                target = teacher(imgs)
+                if step == 0 and not torch.is_tensor(total):
+                    with torch.no_grad():
+                        model.quantizer.start(model.vectors(imgs).flatten(0, 1))
+                loss, *parts, batch_moments, z = net(imgs, target)
+            scaler.scale(loss / args.accum_steps).backward()
+            total, rec, commit = (a + b.detach() / args.accum_steps
+                                  for a, b in zip((total, rec, commit), (loss, *parts)))
+            moments = [a + b for a, b in zip(moments, batch_moments)]
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        model.quantizer.update(*moments)
+        if args.restart and not (step + 1) % args.restart and step < 0.8 * loader.total_steps:
+            model.quantizer.restart(z)
+        log.step(step, loss=total, rec=rec, commit=commit, lr=lr)
+        if log.evaluates(step):
+            evaluate(step + 1)
+        if log.saves(step):
+            save_tokenizer(args, model)
+            data.save_checkpoint(args, step + 1, model=model, optimizer=optimizer, scaler=scaler)
+        if log.interrupted:
+            break
+    log.finish()
+
+
+def save_tokenizer(args, model):
+    """tokenizer.pt: weights and the arguments that rebuild the tokenizer"""
+    data.check_weights(args, model.state_dict())
+    if data.rank() == 0:
+        content = {"model": model.state_dict(), "config": model.config, "method": "beit_v2",
+                   "data": args.data}
+        data.save_atomically(content, Path(args.output_dir) / "tokenizer.pt")
+
+
+def load_tokenizer(path):
+    """The frozen tokenizer of a tokenizer.pt. Raises: exits with one sentence if it is none of stage 1."""
+    content = data.load_file(path)
+    if content.get("method") != "beit_v2" or "num_codes" not in content.get("config", {}):
+        data.stop(f"{path} is no tokenizer of beit_v2.py: train one with --stage tokenizer, and give its "
+                  f"tokenizer.pt")
+    config = dict(content["config"])
+    model = VQKD(ViT(**config.pop("encoder")), **config)
+    data.compare_tensors(path, content["model"], model.state_dict())
+    model.load_state_dict(content["model"])
+    return model.requires_grad_(False).eval()
+
+
+# ---- stage 2: pre-training ----
+
+
+class BEiTv2(nn.Module):
+    """Encoder (a ViT), mask token, the class token's branch, head and both losses."""
+
+    def __init__(self, encoder, vocab, num_masked=75, early_layer=9, branch_depth=2, shared_head=True):
+        super().__init__()
+        config, D = encoder.config, encoder.config["embed_dim"]
+        self.encoder, self.num_masked, self.early_layer = encoder, num_masked, early_layer
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.lm_head = nn.Linear(D, vocab)
+        places = max(config["depth"], early_layer + branch_depth)
+        self.cls_pt_layers = nn.ModuleList(
+            Block(D, config["num_heads"], drop_path=config["drop_path"] * (early_layer + i) / (places - 1),
+                  layer_scale=config["layer_scale"]) for i in range(branch_depth))
+        self.cls_pt_norm = None if shared_head or not branch_depth else nn.LayerNorm(D, eps=1e-6)
+        self.cls_pt_lm_head = None if shared_head or not branch_depth else nn.Linear(D, vocab)
+        self.apply(init_weights)
+        for p in (self.mask_token, encoder.cls_token):
+            nn.init.trunc_normal_(p, std=0.02, a=-0.02, b=0.02)
+        rescale(encoder.blocks)
+        rescale(self.cls_pt_layers, early_layer + 1)
+
+    def hidden_states(self, imgs, mask):
+        """(B, 3, H, W), mask (B, N) bool -> patch tokens of encoder and branch (or None), (B, N, D) each"""
+        encoder = self.encoder
+        x = encoder.patch_embed(imgs)                                                       # (B, N, D)
+        x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
+        outputs = encoder.forward_blocks(encoder.add_cls_and_pos(x))
+        final = encoder.norm(outputs[-1])[:, 1:]
+        if not len(self.cls_pt_layers):
+            return final, None
+        x = torch.cat([outputs[-1][:, :1], outputs[self.early_layer - 1][:, 1:]], 1)        # (B, 1 + N, D)
+        bias = encoder.rel_pos_bias()
+        for block in self.cls_pt_layers:
+            x = block(x, bias)
+        return final, (self.cls_pt_norm or encoder.norm)(x)[:, 1:]
+
+    def forward(self, imgs, codes, mask):
+        """codes (B, N) long, mask (B, N) bool with num_masked hidden -> loss, {name: what to log}"""
+        ids = mask.int().argsort(dim=1, descending=True, stable=True)[:, :self.num_masked]  # (B, M)
+        target, loss, logs = codes.gather(1, ids), 0, {}
+        for name, h, head in zip(("", "branch_"), self.hidden_states(imgs, mask),
+                                 (self.lm_head, self.cls_pt_lm_head or self.lm_head)):
+            if h is None:
+                continue
+            logits = head(h.gather(1, ids[:, :, None].expand(-1, -1, h.shape[2]))).float()  # (B, M, K)
+            logs[f"{name}ce"] = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+            logs[f"{name}accuracy"] = (logits.argmax(-1) == target).float().mean()
+            loss = loss + logs[f"{name}ce"]
+        return loss, logs
+
+    def features(self, imgs):
+        """(B, 3, H, W) -> (B, D): the class token; without a branch to train it, the mean of the patches"""
+        x = self.encoder.forward_features(imgs)
+        return x[:, 0] if len(self.cls_pt_layers) else x[:, 1:].mean(1)
+
+
+def init_weights(module):
+    """The official initialisation: N(0, 0.02^2) cut at one standard deviation, biases 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+        nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def pictures(model, tokenizer, views, mask, source, path):
+    """Rows: image, what is visible, how near the predicted code's vector is to the true one's."""
+    imgs, p, g = views[0], model.encoder.config["patch_size"], math.isqrt(mask.shape[1])
+    model.eval()
+    pred = model.lm_head(model.hidden_states(imgs, mask)[0]).argmax(-1)                     # (B, N)
+    model.train()
+    ids, image = tokenizer.tokens(views[1]), data.to_pixels(imgs, source)
+    codebook = tokenizer.quantizer.codebook
+    near = torch.where(mask, (codebook[pred] * codebook[ids]).sum(-1), 1.0).unflatten(1, (g, g))
+    hidden = F.interpolate(mask.float().view(-1, 1, g, g), scale_factor=p).cpu()
+    data.save_rows(path, {"image": image, "visible": image * (1 - hidden) + 0.5 * hidden,
+                          "predicted and\ntrue code": near},
+                   f"{(pred == ids)[mask].float().mean():.1%} of the hidden codes are predicted right; "
+                   f"last row: cosine of the codes' vectors")
+
+
+def pretrain(args):
+    """Stage 2: masked prediction of the codes."""
+    grid = args.img_size // args.patch_size
+    if not 0 < args.num_masked < grid ** 2:
+        data.stop(f"--num_masked {args.num_masked} must lie between 1 and {grid ** 2 - 1}: about "
+                  f"{int(0.4 * grid ** 2)} of the {grid ** 2} patches")
+    if not 0 < args.early_layer <= SIZES[args.model]["depth"]:
+        data.stop(f"--early_layer {args.early_layer} must lie between 1 and {SIZES[args.model]['depth']}")
+    device = data.setup(args)
+    path = args.tokenizer or f"out/beit_v2-tokenizer-{Path(args.data).name}/tokenizer.pt"
+    tokenizer = load_tokenizer(path).to(device)
+    if tokenizer.grid != grid:
+        data.stop(f"{path} makes {tokenizer.grid} x {tokenizer.grid} tokens, but the ViT has {grid} x {grid} "
+                  f"patches: use its --img_size and --patch_size")
+    if args.compile:
+        tokenizer.encoder.compile()
+    train_set, val_set = data.load_sets(args)
+    jitter = (args.color_jitter,) * 3 + (0.0,) if args.color_jitter else None
+    loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5,
+                                                     jitter=jitter, tokenizer_size=tokenizer.img_size)])
+    encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="none", rel_pos="shared",
+                  layer_scale=args.layer_scale, drop_path=args.drop_path)
+    model = BEiTv2(encoder, tokenizer.vocab, args.num_masked, args.early_layer, args.branch_depth,
+                   args.shared_head).to(device)
+    net = data.wrap(model, args)
+    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr,
+                                  betas=(0.9, args.beta2), fused="mps" not in args.device)
+    scaler = data.make_scaler(args)
+    start = data.load_checkpoint(args, model=model, optimizer=optimizer, scaler=scaler)
+    few = data.View(args.img_size, tokenizer_size=tokenizer.img_size)
+    ids = torch.cat([tokenizer.tokens(part)
+                     for part in data.some_images(args, val_set, 1000, few)[1].split(100)])
+    share = ids.flatten().bincount(minlength=tokenizer.vocab).double() / ids.numel()
+    entropy = -(share * share.clamp(min=1e-12).log()).sum().item()
+    data.describe(args, model, loader,
+                  f"for each head ln {tokenizer.vocab} = {math.log(tokenizer.vocab):.3f}; knowing how often "
+                  f"each code occurs {entropy:.3f}, accuracy of the commonest {share.max().item():.3f}")
+    log = data.Log(args, loader, start)
+
+    def evaluate(step):
+        torch.manual_seed(0)                                    # the same masks every time
+        views = data.some_images(args, val_set, 8, few)
+        mask = data.blockwise_mask(len(views[0]), grid, args.num_masked, args.min_block, device=device)
+        pictures(model, tokenizer, views, mask, val_set, Path(args.output_dir, "pictures", f"{step:06d}.png"))
+        log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
+
+    if start == 0:
+        evaluate(0)
+    for step, batch in loader.steps(start):
+        lr = cosine_lr(step / loader.epoch_steps, args)
+        set_lr(optimizer, lr)
+        total, logs = 0, {}
+        for (imgs, pixels), _ in batch:                         # the labels are never used
+            mask = data.blockwise_mask(len(imgs), grid, args.num_masked, args.min_block, device=device)
+            with torch.no_grad():                               # in float32
+                codes = tokenizer.tokens(pixels)
+            with data.autocast(args):
+                loss, values = net(imgs, codes, mask)
+            scaler.scale(loss / args.accum_steps).backward()
+            total = total + loss.detach() / args.accum_steps
+            logs = {name: logs.get(name, 0) + v.detach() / args.accum_steps for name, v in values.items()}
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        log.step(step, loss=total, **logs, lr=lr)
+        if log.evaluates(step):
+            evaluate(step + 1)
+        if log.saves(step):
+            data.save_encoder(args, encoder, train_set)
+            data.save_checkpoint(args, step + 1, model=model, optimizer=optimizer, scaler=scaler)
+        if log.interrupted:
+            break
+    log.finish()
+
+
+# ---- the script ----
+
+
+def main():
+    kept = data.resumed_flags(data.peek("output_dir", ""))
+    stage = data.peek("stage", kept.get("stage", "both"), ("both", "tokenizer", "pretrain"))
+    if stage == "both" and data.peek("output_dir", ""):
+        data.stop("--output_dir is the folder of one run: give --stage tokenizer or --stage pretrain, too")
+    stages = ("tokenizer", "pretrain") if stage == "both" else (stage,)
+    if stage == "both" and data.peek("tokenizer", ""):
+        stages = ("pretrain",)
+    typed = list(sys.argv)
+    for stage, work in (("tokenizer", train_tokenizer), ("pretrain", pretrain)):
+        if stage not in stages:
+            continue
+        folder = "out/beit_v2-tokenizer" if stage == "tokenizer" else "out/beit_v2"
+        begun = Path(f"{folder}-{Path(data.peek('data', 'cifar10')).name}", "last.pt").exists()
+        sys.argv = typed + ["--resume"] * (len(stages) == 2 and begun)  # a second start goes on
+        flags = {name: text for name, text in FLAGS.items() if name in RECIPES[stage]}
+        args = data.parse_args(__doc__, RECIPES[stage], flags, folder)
+        args.stage = args.flags["stage"] = stage
+        work(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""BEiT v2: numbers of the official quantizer and pre-training model, living codes, what the branch sees."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import beit_v2
+import data
+from vit import ViT, param_groups
+
+SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=4, num_heads=4)
+
+
+def tiny_vqkd(**options):
+    torch.manual_seed(0)
+    return beit_v2.VQKD(ViT(**SMALL | {"depth": 2}), **dict(num_codes=24, code_dim=8, decoder_depth=1,
+                                                           teacher_dim=20) | options)
+
+
+def tiny_beit(**options):
+    torch.manual_seed(0)
+    encoder = ViT(**SMALL, pos="none", rel_pos="shared", layer_scale=0.1)
+    return beit_v2.BEiTv2(encoder, 64, 26, **dict(early_layer=3, branch_depth=2) | options)
+
+
+def batch(B=4):
+    torch.manual_seed(1)
+    return (torch.randn(B, 3, 32, 32), torch.randint(64, (B, 64)), data.blockwise_mask(B, 8, 26, 4))
+
+
+def ours(arrays):
+    """Official names to ours: one fused bias, whose part for the keys is zero."""
+    found = {}
+    for name, value in arrays.items():
+        if name.endswith("q_bias"):
+            v_bias = arrays[name.replace("q_bias", "v_bias")]
+            name, value = name.replace("q_bias", "qkv.bias"), torch.cat([value, 0 * value, v_bias])
+        if not name.endswith("v_bias"):
+            found[name if name.startswith(("lm_head", "mask_token", "cls_pt")) else f"encoder.{name}"] = value
+    return found
+
+
+# ---- the official numbers ----
+
+
+@pytest.mark.parametrize("case", ("dense", "sparse"))
+def test_official_quantizer(case, golden, close):
+    """Two training steps and an evaluation: codes, vectors, loss, both gradients, the moved codebook."""
+    arrays = golden("beit_v2", f"q/{case}.")
+    K, E, B, g, decay, commit = arrays["config"].tolist()
+    quantizer = beit_v2.Quantizer(int(K), int(E), decay, commit)
+    quantizer.codebook.copy_(arrays["codebook_0"])
+    for call in (1, 2, 3):
+        z = arrays[f"z_{call}"].requires_grad_()                # (B, E, g, g)
+        q, ids, loss, moments = quantizer(z.permute(0, 2, 3, 1).flatten(0, 2))
+        assert torch.equal(ids, arrays[f"indices_{call}"])
+        q = q.view(int(B), int(g), int(g), int(E)).permute(0, 3, 1, 2)
+        close(q, arrays[f"zq_{call}"])
+        close(loss, arrays[f"loss_{call}"])
+        close(torch.autograd.grad(loss, z, retain_graph=True)[0], arrays[f"grad_commit_{call}"])
+        close(torch.autograd.grad((q * arrays[f"upstream_{call}"]).sum(), z)[0], arrays[f"grad_ste_{call}"])
+        if call < 3:
+            quantizer.update(*moments)
+        close(quantizer.codebook, arrays[f"codebook_{call}"])
+
+
+def test_official_pretraining(golden, close):
+    """Logits of both heads at the hidden patches, both losses, all kinds of gradients, three AdamW steps."""
+    arrays, model = golden("beit_v2"), tiny_beit()
+    model.load_state_dict(ours(golden("beit_v2", "w/")))
+    imgs, codes, mask = arrays["images"], arrays["tokens"], arrays["mask"]
+    h, branch = model.hidden_states(imgs, mask)
+    close(model.lm_head(h)[mask], arrays["logits_mim"])
+    close(model.lm_head(branch)[mask], arrays["logits_cls"])
+    optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=1.5e-3, betas=(0.9, 0.98))
+    gradients, found = ours(golden("beit_v2", "grad/")), dict(model.named_parameters())
+    assert len(gradients) > 40
+    loss, logs = model(imgs, codes, mask)
+    loss.backward()
+    close(loss, arrays["loss"], 1e-6)
+    close(logs["ce"], arrays["loss_mim"], 1e-6)
+    close(logs["branch_ce"], arrays["loss_cls"], 1e-6)
+    for name, gradient in gradients.items():
+        close(found[name].grad, gradient)
+    close(torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0), arrays["grad_norm"])
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert id(model.mask_token) in decayed and id(model.encoder.cls_token) not in decayed
+    assert id(model.encoder.rel_pos_bias.relative_position_bias_table) in decayed
+
+
+# ---- the tokenizer ----
+
+
+def test_codes_move_by_direction_whatever_their_count():
+    """A code hit once moves as far as one hit often; one that nothing chose stays."""
+    quantizer = beit_v2.Quantizer(3, 4, decay=0.9)
+    quantizer.codebook.copy_(torch.eye(4)[:3])
+    u = F.normalize(torch.tensor([[2.0, 0, 0, 1], [0, 2, 0, 1], [0, 2, 0, 1], [0, 4, 0, 2]]), dim=1)
+    q, ids, loss, (sums, counts) = quantizer(u)
+    assert ids.tolist() == [0, 1, 1, 1] and counts.tolist() == [1, 3, 0]
+    quantizer.update(sums, counts)
+    for k in (0, 1):
+        wanted = F.normalize(0.9 * torch.eye(4)[k] + 0.1 * u[k], dim=0)
+        assert torch.allclose(quantizer.codebook[k], wanted, atol=1e-6)
+    assert torch.equal(quantizer.codebook[2], torch.eye(4)[2]) and quantizer.hits.tolist() == [1, 3, 0]
+
+
+def test_unused_codes_restart_at_vectors_of_the_batch():
+    """Codes with hits stay; the others become unit vectors of the batch, and the count begins anew."""
+    torch.manual_seed(0)
+    quantizer, z = beit_v2.Quantizer(10, 4), torch.randn(50, 4) * 3
+    quantizer.hits[:4] = 1
+    before = quantizer.codebook.clone()
+    quantizer.restart(z)
+    assert torch.equal(quantizer.codebook[:4], before[:4]) and quantizer.hits.sum() == 0
+    nearest = (quantizer.codebook[4:] @ F.normalize(z, dim=1).T).amax(1)
+    assert torch.allclose(nearest, torch.ones(6), atol=1e-6)
+
+
+def test_spherical_kmeans_finds_clusters():
+    """Four tight bundles of directions: unit means in their middle; also with fewer vectors than codes."""
+    torch.manual_seed(0)
+    centres = F.normalize(torch.randn(4, 8), dim=1)
+    u = F.normalize(centres.repeat_interleave(50, 0) + 0.05 * torch.randn(200, 8), dim=1)
+    best = torch.stack([(beit_v2.spherical_kmeans(u, 12) @ c).max() for c in centres])
+    assert best.min() > 0.97
+    means = beit_v2.spherical_kmeans(u[:5], 9)
+    assert means.shape == (9, 8) and torch.allclose(means.norm(dim=1), torch.ones(9), atol=1e-5)
+
+
+def test_gradient_passes_the_codes_unchanged():
+    """Straight through: the decoder's gradient arrives at u as if there were no codes."""
+    quantizer, u = beit_v2.Quantizer(6, 4), F.normalize(torch.randn(9, 4), dim=1).requires_grad_()
+    q, ids, _, _ = quantizer(u)
+    assert torch.allclose(q, quantizer.codebook[ids], atol=1e-6) and not list(quantizer.parameters())
+    upstream = torch.randn(9, 4)
+    q.backward(upstream)
+    tangent = upstream - (upstream * u).sum(1, keepdim=True) * u.detach()  # what normalising u lets through
+    assert torch.allclose(u.grad, tangent, atol=1e-5)
+
+
+def test_tokenizer_loss_by_hand():
+    """1 - cosine of the rebuilt features, mean over all patches, plus the commitment."""
+    model, imgs, target = tiny_vqkd(), torch.randn(3, 3, 32, 32).clamp(-1, 1), torch.randn(3, 64, 20)
+    loss, rec, commit, (sums, counts), z = model(imgs, target)
+    u, ids = model.quantizer.nearest(model.vectors(imgs))
+    rebuilt = model.rebuild(model.quantizer.codebook[ids])
+    each = [1 - rebuilt[b, i] @ target[b, i] / rebuilt[b, i].norm() / target[b, i].norm()
+            for b in range(3) for i in range(64)]
+    assert torch.allclose(rec, sum(each) / len(each), rtol=1e-5)
+    assert torch.allclose(commit, (model.quantizer.codebook[ids] - u).square().mean(), rtol=1e-5)
+    assert torch.allclose(loss, rec + commit) and counts.sum() == 192 and z.shape == (192, 8)
+    pixels = (imgs + 1) / 2
+    assert torch.equal(model.tokens(pixels), ids) and ids.dtype == torch.long
+
+
+def test_quantizer_is_float32_under_autocast():
+    """bfloat16 in encoder and decoder; vectors, distances and codes are float32."""
+    model = tiny_vqkd()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, rec, commit, (sums, counts), z = model(torch.randn(2, 3, 32, 32), torch.randn(2, 64, 20))
+    assert {t.dtype for t in (loss, rec, commit, sums, counts, z)} == {torch.float32}
+
+
+def teacher_file(path, **options):
+    torch.manual_seed(2)
+    encoder = ViT(**SMALL | {"depth": 2} | options)
+    torch.save({"model": encoder.state_dict(), "config": encoder.config, "mean": (0.4,) * 3,
+                "std": (0.2,) * 3}, path)
+    return encoder
+
+
+def test_teacher_sees_its_own_pixels_and_grid(tmp_path):
+    """[-1, 1] to its mean and std; resized so that its patches are the student's; patch tokens only."""
+    encoder = teacher_file(tmp_path / "encoder.pt")
+    imgs = torch.rand(2, 3, 32, 32) * 2 - 1
+    wanted = encoder.forward_features(((imgs + 1) / 2 - 0.4) / 0.2)[:, 1:]
+    teacher = beit_v2.Teacher(tmp_path / "encoder.pt", 8)
+    assert torch.allclose(teacher(imgs), wanted, atol=1e-5) and teacher.dim == 32
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert beit_v2.Teacher(tmp_path / "encoder.pt", 4)(imgs).shape == (2, 16, 32)
+
+
+def test_monitor_counts_a_whole_set(tmp_path):
+    """Usage, perplexity and cosine over all images, against one plain computation."""
+    teacher_file(tmp_path / "encoder.pt")
+    model, teacher = tiny_vqkd(teacher_dim=32), beit_v2.Teacher(tmp_path / "encoder.pt", 8)
+    imgs, labels = data.draw_shapes(60, 32, seed=0)
+    source = data.Images(imgs, labels, list("0123456789"), (0.5,) * 3, (0.5,) * 3)
+    args = SimpleNamespace(device="cpu", amp="none", batch_size=8, epochs=1, max_steps=0)
+    result, counts = beit_v2.monitor(args, model, teacher, source, data.View(32))
+    x = imgs.float() / 127.5 - 1
+    ids = model.quantizer.nearest(model.vectors(x))[1]
+    assert torch.equal(counts, ids.flatten().bincount(minlength=24))
+    share = counts[counts > 0] / counts.sum()
+    near = F.cosine_similarity(model.rebuild(model.quantizer.codebook[ids]), teacher(x), dim=-1).mean()
+    assert result["usage"] == pytest.approx((counts > 0).float().mean().item())
+    assert result["perplexity"] == pytest.approx((-(share * share.log()).sum()).exp().item(), rel=1e-5)
+    assert result["cosine"] == pytest.approx(near.item(), abs=1e-5)
+
+
+# ---- pre-training ----
+
+
+def test_the_branch_sees_deep_information_through_the_class_token_only():
+    """It reads [class token of the last block, patches of the early one]."""
+    model, (imgs, codes, mask) = tiny_beit(), batch()
+    read = []
+    model.cls_pt_layers[0].register_forward_hook(lambda module, inputs, output: read.append(inputs[0]))
+    outputs = []
+    for block in model.encoder.blocks:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    model.hidden_states(imgs, mask)
+    assert torch.equal(read[0][:, 0], outputs[3][:, 0]) and torch.equal(read[0][:, 1:], outputs[2][:, 1:])
+
+
+@pytest.mark.parametrize("options, names", (({}, set()), (dict(shared_head=False), {"cls_pt_lm_head.weight"}),
+                                            (dict(branch_depth=0), set())))
+def test_heads_and_branch_by_flag(options, names):
+    """One head for both, one each, or no branch: losses, logs and which parameters there are."""
+    model, (imgs, codes, mask) = tiny_beit(**options), batch()
+    loss, logs = model(imgs, codes, mask)
+    heads = {name for name, _ in model.named_parameters() if "lm_head.weight" in name}
+    assert heads == names | {"lm_head.weight"}
+    assert ("branch_ce" in logs) == (options.get("branch_depth") != 0)
+    h, branch = model.hidden_states(imgs, mask)
+    logits = model.lm_head(h)[mask].log_softmax(-1)
+    wanted = -logits.gather(1, codes[mask][:, None]).mean()
+    assert torch.allclose(logs["ce"], wanted, rtol=1e-5)
+    if branch is not None:
+        head = model.cls_pt_lm_head or model.lm_head
+        wanted = wanted + F.cross_entropy(head(branch)[mask], codes[mask])
+    assert torch.allclose(loss, wanted, rtol=1e-5)
+    assert model.features(imgs).shape == (4, 32)
+
+
+def test_official_initialisation():
+    """Within one standard deviation; block l's last weights divided by sqrt(2 l), the branch's, too."""
+    model = tiny_beit()
+    for number, block in [(1, model.encoder.blocks[0]), (4, model.encoder.blocks[3]),
+                          (4, model.cls_pt_layers[0]), (5, model.cls_pt_layers[1])]:
+        for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+            assert 0.015 < weight.abs().max() * (2 * number) ** 0.5 <= 0.02 + 1e-6
+        assert (block.gamma_1 == 0.1).all() and (block.attn.qkv.bias == 0).all()
+
+
+@pytest.mark.parametrize("make, target", ((tiny_beit, None), (tiny_vqkd, 20)))
+def test_one_batch_is_overfitted(make, target):
+    """Real steps bring the loss of either stage down, and every weight gets a gradient."""
+    model, (_, codes, mask) = make(), batch(2)
+    imgs = data.draw_shapes(2, 32, seed=0)[0].float() / 127.5 - 1
+    features = None if target is None else torch.randn(2, 64, target)
+    optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        loss, *rest = model(imgs, codes, mask) if target is None else model(imgs, features)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        if target is not None:
+            model.quantizer.update(*rest[2])
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
+
+
+@pytest.mark.parametrize("make", (tiny_beit, tiny_vqkd))
+def test_the_step_compiles_once_without_graph_breaks(make):
+    """fullgraph: no break; other images, codes and masks: no recompilation."""
+    model, compiled = make(), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+    net = torch.compile(model, fullgraph=True, backend=backend)
+    for _ in range(3):
+        imgs = torch.randn(4, 3, 32, 32)
+        rest = (torch.randn(4, 64, 20),) if make is tiny_vqkd else (
+            torch.randint(64, (4, 64)), data.blockwise_mask(4, 8, 26, 4))
+        net(imgs, *rest)[0].backward()
+    assert len(compiled) == 1
+
+
+# ---- files and mistakes ----
+
+
+def test_tokenizer_file(tmp_path):
+    """save_tokenizer, load_tokenizer: the same codes, frozen."""
+    model = tiny_vqkd()
+    beit_v2.save_tokenizer(SimpleNamespace(output_dir=tmp_path, data="shapes"), model)
+    loaded, imgs = beit_v2.load_tokenizer(tmp_path / "tokenizer.pt"), torch.rand(3, 3, 32, 32)
+    assert torch.equal(loaded.tokens(imgs), model.tokens(imgs))
+    assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
+    assert (loaded.vocab, loaded.grid, loaded.img_size) == (24, 8, 32)
+
+
+@pytest.mark.parametrize("flags, words", (
+    ("--stage tokenizer", "there is no teacher out/ibot-shapes/encoder.pt: train one with python ibot.py"),
+    ("--stage tokenizer --teacher other.pt", "other.pt is no Vision Transformer"),
+    ("--stage tokenizer --teacher relative.pt", "has 4 x 4 patches and relative positions"),
+    ("--stage pretrain", "there is no file out/beit_v2-tokenizer-shapes/tokenizer.pt"),
+    ("--stage pretrain --tokenizer other.pt", "other.pt is no tokenizer of beit_v2.py: train one with"),
+    ("--stage pretrain --tokenizer coarse.pt", "coarse.pt makes 4 x 4 tokens, but the ViT has 8 x 8 patches"),
+    ("--stage pretrain --num_masked 64", "--num_masked 64 must lie between 1 and 63"),
+    ("--stage pretrain --early_layer 7", "--early_layer 7 must lie between 1 and 6"),
+    ("--output_dir here", "give --stage tokenizer or --stage pretrain, too"),
+))
+def test_wrong_flags_and_files(flags, words, tmp_path, monkeypatch, capsys):
+    """Missing teacher, a teacher of another grid, wrong stage's file: one sentence each."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {}, "method": "dvae"}, "other.pt")
+    teacher_file("relative.pt", img_size=16, pos="none", rel_pos="shared")
+    model = beit_v2.VQKD(ViT(**SMALL | {"img_size": 16}), 24, 8, 1, 20)
+    beit_v2.save_tokenizer(SimpleNamespace(output_dir=tmp_path, data="shapes"), model)
+    (tmp_path / "tokenizer.pt").rename("coarse.pt")
+    monkeypatch.setattr("sys.argv", ["beit_v2.py", "--data", "shapes", "--device", "cpu", *flags.split()])
+    with pytest.raises(SystemExit) as stopped:
+        beit_v2.main()
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
