@@ -683,13 +683,21 @@ class AttentiveProbe(nn.Module):
         nn.init.normal_(self.query, std=0.02)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
 
+    def qkv(self, tokens):
+        """(B, n, D) -> q (B, H, 1, d), k and v (B, H, n, d)"""
+        q, k, v = self.q(self.norm_q(self.query)), self.k(self.norm_k(tokens)), self.v(self.norm_v(tokens))
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return q.expand(len(tokens), -1, -1, -1), k, v
+
     def pool(self, tokens):
         """(B, n, D) -> (B, D)"""
-        B, _, D = tokens.shape
-        q, k, v = self.q(self.norm_q(self.query)), self.k(self.norm_k(tokens)), self.v(self.norm_v(tokens))
-        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, H, n, d)
-        x = F.scaled_dot_product_attention(q.expand(B, -1, -1, -1), k, v)  # (B, H, 1, d)
-        return self.proj(x.transpose(1, 2).reshape(B, D))
+        x = F.scaled_dot_product_attention(*self.qkv(tokens))                               # (B, H, 1, d)
+        return self.proj(x.transpose(1, 2).flatten(1))
+
+    def attention(self, tokens):
+        """Where the query looks: (B, n, D) -> (B, H, n), sums to 1"""
+        q, k, _ = self.qkv(tokens)
+        return (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)[:, :, 0]
 
     def forward(self, tokens):
         """(B, 1 + N, D) -> (B, K)"""
@@ -769,6 +777,8 @@ def probe(args, train_set, val_set, encoder):
     result = {}
     if not log.interrupted:
         result = judge_probes(args, encoder, model, val_set)
+        if args.mode == "attentive":
+            probe_pictures(args, encoder, model, val_set)
         log.write(loader.total_steps, **{name: v for name, v in result.items() if isinstance(v, float)})
     log.finish()
     return result
@@ -833,8 +843,10 @@ def cls_attention(model, imgs):
     hook.remove()
     B, n, _ = taken[0].shape
     q, k, _ = taken[0].float().view(B, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)     # (B, H, n, d)
-    weights = (q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)        # (B, H, 1, n)
-    return weights[:, :, 0, 1:].unflatten(2, (math.isqrt(n - 1), -1))
+    logits = q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(q.shape[-1])                       # (B, H, 1, n)
+    for table in (model.rel_pos_bias, model.blocks[-1].rel_pos_bias):
+        logits = logits if table is None else logits + table()[:, :, :1]
+    return logits.softmax(-1)[:, :, 0, 1:].unflatten(2, (math.isqrt(n - 1), -1))
 
 
 def pictures(args, model, val_set):
@@ -853,6 +865,19 @@ def pictures(args, model, val_set):
         rows = {f"row {i * max(1, g // 7)}": row for i, row in enumerate(maps)}
         data.save_rows(folder / "positions.png", rows,
                        "cosine similarity of each position embedding with all others")
+
+
+@torch.no_grad()
+def probe_pictures(args, encoder, probes, val_set):
+    """attention.png: where the attentive probe that learned best looks, and where the class token does."""
+    best = list(probes.values())[int(probes.right.argmax())]
+    imgs = data.some_images(args, val_set)
+    looks = best.attention(probed_layers(args, encoder, imgs)[-1]).mean(1)[:, 1:]           # (B, N)
+    g = math.isqrt(looks.shape[1])
+    rows = {"image": data.to_pixels(imgs, val_set), "attentive probe": looks.unflatten(1, (g, g)),
+            "class token": cls_attention(encoder, imgs).mean(1)}
+    data.save_rows(Path(args.output_dir) / "pictures" / "attention.png", rows,
+                   "attention of the attentive probe and of the last block's class token, mean over heads")
 
 
 # ---- the script ----
