@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+import beit_v2  # noqa: E402
 import dvae  # noqa: E402
 import mae  # noqa: E402, F401: its import is paid here, not in the first test
 import vit  # noqa: E402
@@ -35,11 +37,15 @@ TINY = ("--data shapes --device cpu --img_size 8 --patch_size 4 --model micro --
 MAE = f"mae.py {TINY} --decoder_dim 16 --decoder_depth 1 --decoder_heads 2"
 DVAE = f"dvae.py {TINY} --n_hid 8 --vocab 16 --stride 2"
 BEIT = f"beit.py {TINY} --num_masked 2 --min_block 1"
+CAE = f"cae.py {TINY} --num_masked 2 --min_block 1"
+VQKD = f"beit_v2.py {TINY} --stage tokenizer --num_codes 16 --code_dim 4 --restart 5"
+BEIT2 = f"beit_v2.py {TINY} --stage pretrain --num_masked 2 --min_block 1 --early_layer 1"
 IBOT = (f"ibot.py {TINY} --local_size 4 --local_crops 1 --out_dim 16 --patch_out_dim 16 --head_hidden 16 "
         "--head_bottleneck 8")
 TRAIN = f"vit.py {TINY} --mode train --mixup 0.8 --drop_path 0.1 --ema 0.9"
 LINEAR = f"vit.py {TINY} --mode linear --blrs 1,10"
-SCRIPTS = {"mae": MAE, "dvae": DVAE, "beit": BEIT, "ibot": IBOT, "train": TRAIN, "linear": LINEAR}
+METHODS = {"mae": MAE, "dvae": DVAE, "beit": BEIT, "cae": CAE, "ibot": IBOT, "vqkd": VQKD, "beit_v2": BEIT2}
+SCRIPTS = METHODS | {"train": TRAIN, "linear": LINEAR}
 FILES = {"args.json", "curves.png", "encoder.pt", "last.pt", "log.jsonl", "pictures"}
 STEPS = 60                                                      # 6 epochs of 208 // 20 steps
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
@@ -99,7 +105,9 @@ def spawn(command, hit="", ranks=0):
 
 
 def child():
-    """What a spawned process does: `run`, hit by a signal after a step; it keeps what `encode` gathered."""
+    """What a spawned process does: `run`, hit by a signal after a step; every rank keeps what `encode`
+    gathered and the weights it saves.
+    """
     patch = pytest.MonkeyPatch()
     shrink(patch)
     if hit := os.environ["TEST_HIT"].split():
@@ -118,6 +126,12 @@ def child():
         torch.save(kept[-1], Path(args.output_dir) / f"encoded.{data.rank()}")
         return kept[-1]
     patch.setattr(data, "encode", encode_and_keep)
+    save = data.save_checkpoint
+
+    def save_of_every_rank(args, step, **parts):
+        torch.save(parts["model"].state_dict(), Path(args.output_dir) / f"model.{data.rank()}")
+        save(args, step, **parts)
+    patch.setattr(data, "save_checkpoint", save_of_every_rank)
     main_of(shlex.join(sys.argv[1:]), patch)
 
 
@@ -169,36 +183,38 @@ def sentence(command, capsys, status=2, prepare=shrink):
     return lines[0]
 
 
-TOKENIZER = Path("out/dvae-shapes/tokenizer.pt")               # where beit.py looks for it
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with what beit, cae and beit_v2 look for below out/: untrained tokenizers and a teacher."""
+    folder, size = tmp_path_factory.mktemp("inputs"), dict(embed_dim=32, depth=2, num_heads=2)
+    codes, backbone = dvae.DVAE(grid=2, stride=2, n_hid=8, vocab=16), vit.ViT(8, 4, **size)
+    words = beit_v2.VQKD(vit.ViT(8, 4, **size), 16, 4, 1, 32)
+    for path, model, method in (("dvae-shapes/tokenizer.pt", codes, "dvae"),
+                                ("ibot-shapes/encoder.pt", backbone, "ibot"),
+                                ("beit_v2-tokenizer-shapes/tokenizer.pt", words, "beit_v2")):
+        path = folder / "out" / path
+        path.parent.mkdir(parents=True)
+        torch.save({"model": model.state_dict(), "config": model.config, "method": method,
+                    "mean": (0.5,) * 3, "std": (0.5,) * 3}, path)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """An untrained tokenizer of DVAE's size."""
-    path = tmp_path_factory.mktemp("tokenizer") / TOKENIZER
-    path.parent.mkdir(parents=True)
-    model = dvae.DVAE(grid=2, stride=2, n_hid=8, vocab=16)
-    torch.save({"model": model.state_dict(), "config": model.config, "method": "dvae"}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, tokenizer):
+def whole(tmp_path_factory, inputs):
     """{name: folder of an uninterrupted run}, for every one of SCRIPTS."""
     folders = {name: tmp_path_factory.mktemp("whole") / name for name in SCRIPTS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tokenizer.parents[2])
+        patch.chdir(inputs)
         for name, command in SCRIPTS.items():
             run(f"{command} --output_dir {folders[name]}")
     return folders
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, tokenizer):
-    """Every test works in a folder of its own, with a tokenizer: default output folders land there."""
+def elsewhere(tmp_path, monkeypatch, inputs):
+    """Every test works in a folder of its own, with those inputs: default output folders land there."""
     monkeypatch.chdir(tmp_path)
-    TOKENIZER.parent.mkdir(parents=True)
-    TOKENIZER.write_bytes(tokenizer.read_bytes())
+    shutil.copytree(inputs / "out", tmp_path / "out")
 
 
 # ---- the end of a process ----
@@ -449,6 +465,14 @@ def test_two_processes_follow_one(tmp_path):
     assert ended[1].stdout.count("result (linear") == 1
 
 
+def test_two_processes_keep_one_student_one_teacher_and_the_same_centres(tmp_path):
+    """Different images and masks on two ranks: after two epochs all of iBOT's state is bitwise the same."""
+    done = spawn(f"{IBOT} --epochs 2 --output_dir {tmp_path}/two", ranks=2)
+    assert done.returncode == 0, done.stderr
+    a, b = (read(tmp_path / "two" / f"model.{rank}") for rank in (0, 1))
+    assert same(a, b) and a["centre"].abs().max() > 0 and a["patch_centre"].abs().max() > 0
+
+
 def test_accumulation_equals_one_large_batch(tmp_path):
     """--accum_steps 4 gives the losses and the weights of the undivided batch."""
     run(f"{SURE} --output_dir one")
@@ -682,7 +706,7 @@ def test_recipes_have_five_columns_of_the_flags_types():
     assert {"data", "mae", "vit"} <= set(scripts())
     for script in scripts():
         tables = importlib.import_module(script).RECIPES
-        for table in tables.values() if script == "vit" else [tables]:
+        for table in tables.values() if script in ("beit_v2", "vit") else [tables]:
             for name, row in table.items():
                 cells = row if isinstance(row, tuple) else (row,)
                 assert len(cells) in (1, len(data.NAMES)), (script, name)
@@ -878,16 +902,21 @@ def test_knn_vote_against_a_slow_reference():
 # ---- all command lines ----
 
 def test_every_script_end_to_end(tmp_path):
-    """mae.py, then vit.py in all five modes on its encoder: results, accuracies and pictures are there."""
+    """Every method, then vit.py in all five modes on MAE's encoder: results, accuracies and pictures."""
     def prepare(patch):
         shrink(patch)
         patch.setattr(data, "save_rows", save_rows)
         patch.setattr(data, "curves", curves)
     save_rows, curves = data.save_rows, data.curves
     short = "--max_steps 2 --label_fraction 0.1"
-    run(f"{MAE} --max_steps 2 --output_dir mae", prepare)
-    assert set(os.listdir("mae")) == FILES
-    assert sorted(os.listdir("mae/pictures")) == ["000000.png", "000002.png"]
+    more = {"dvae": {"000000.png", "codebook.png"}, "ibot": {"000000.png", "vocabulary.png"},
+            "vqkd": {"words.png"}}
+    for name, command in METHODS.items():
+        run(f"{command} --max_steps 2 --output_dir {name}", prepare)
+        model = "tokenizer.pt" if name in ("dvae", "vqkd") else "encoder.pt"
+        assert set(os.listdir(name)) == FILES - {"encoder.pt"} | {model}
+        assert set(os.listdir(f"{name}/pictures")) == \
+            {"000002.png"} | more.get(name, {"000000.png"})
     expected = {"train": {"accuracy", "val_loss"}, "finetune": {"accuracy", "val_loss"},
                 "linear": {"cls", "cls_blr", "mean", "mean_blr", "all"},
                 "attentive": {"attentive", "attentive_blr", "all"}, "knn": {"cls_k10", "mean_k10"}}
@@ -901,6 +930,11 @@ def test_every_script_end_to_end(tmp_path):
         assert (result["mode"], result["label_fraction"], result["data"]) == (mode, 0.1, "shapes")
         assert result["init"] == ("random" if mode == "train" else "mae/encoder.pt")
     assert sorted(os.listdir("train/pictures")) == ["attention.png", "positions.png"]
+    assert {command.split(".py")[0] for command in METHODS.values()} == set(scripts()) - {"data", "vit"}
+    for name in ("beit", "beit_v2", "cae", "ibot"):
+        for mode in ("finetune", "linear --layers all"):
+            run(f"vit.py {TINY} --mode {mode} --init {name}/encoder.pt {short} --batch_size 10", shrink)
+        assert json.loads(Path(name, "encoder-linear-shapes/result.json").read_text())["best"] >= 0
     run("data.py --data shapes --output_dir shown", prepare)
     assert os.listdir("shown/pictures") == ["views.png"]
 
