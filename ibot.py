@@ -20,7 +20,7 @@ Deviations: crops of small images are not blurred; the blocks' linear layers sta
 0.02 (768 / D)^(1/2), the official 0.02 for ViT-B, for narrower ViTs would begin with nearly silent blocks.
 
     python ibot.py --data shapes                            # CPU, offline
-    python ibot.py --model micro                            # CIFAR-10, CPU, see README
+    python ibot.py --model micro                            # CIFAR-10, CPU: k-NN 32 -> 37%, see README
     python ibot.py                                          # CIFAR-10, ViT-Tiny/4, one GPU: not run yet
     torchrun --nproc_per_node=8 ibot.py --data imagenet     # ViT-B/16, 400 epochs: not run yet
 """
