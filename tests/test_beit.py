@@ -61,7 +61,7 @@ def test_official_logits_loss_and_gradients(golden, close):
 
 
 def test_official_training_steps(golden, close):
-    """Five AdamW steps with the official decay groups and learning rates: losses and gradient norms."""
+    """Five AdamW steps with the official decay groups: losses, gradient norms, weights afterwards."""
     arrays, model = golden("beit"), tiny_beit()
     model.load_state_dict(ours(golden("beit", "w/")))
     optimizer = torch.optim.AdamW(param_groups(model, 0.05), betas=(0.9, 0.999))
@@ -71,9 +71,13 @@ def test_official_training_steps(golden, close):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         close(loss, arrays["step_loss"][step])
-        close(norm, arrays["step_gradnorm"][step], 1e-4)
+        close(norm, arrays["step_gradnorm"][step])
         optimizer.step()
         optimizer.zero_grad()
+    found = dict(model.named_parameters())
+    for name, value in golden("beit", "after5/").items():       # Adam scales up the noise in k's bias
+        name = name if name == "mask_token" else f"encoder.{name.replace('q_bias', 'qkv.bias')}"
+        close(found[name][:48] if name.endswith("qkv.bias") else found[name], value)
 
 
 def test_official_initialisation():
@@ -87,7 +91,8 @@ def test_official_initialisation():
                 assert (p == 0).all(), name
             elif p.ndim > 1:
                 assert p.abs().max() <= 0.02 / scale + 1e-7, name
-                assert p.numel() < 1000 or p.std().item() * scale == pytest.approx(0.0108, rel=0.05), name
+                rel = 0.05 if p.numel() > 1000 else 0.3         # tokens: 48 numbers
+                assert p.std().item() * scale == pytest.approx(0.0108, rel=rel), name
     assert model.encoder.pos_embed.requires_grad and model.encoder.rel_pos_bias is None
     assert model.encoder.blocks[0].gamma_1 is None
     default = tiny_beit().encoder
@@ -118,7 +123,7 @@ def test_masks(golden):
         assert mask.dtype == torch.bool and (mask.sum(1) == 26).all()
         share = mask.float().mean(0).view(8, 8)
         wanted = golden("beit")["mask_freq"] if masking == "block" else torch.full((8, 8), 26 / 64)
-        assert (share - wanted).abs().max() < 0.04, masking
+        assert (share - wanted).square().mean().sqrt() < 0.015, masking     # 0.011: 2000 official masks
 
 
 def test_loss_is_cross_entropy_at_hidden_places_by_loops():
@@ -162,6 +167,20 @@ def test_ablations():
     assert torch.allclose(model(imgs, target, mask)[0], (pred - target)[mask].square().mean(), rtol=1e-5)
 
 
+def test_mask_tokens_keep_their_positions():
+    """The plain ViT by hand: patches are replaced before positions are added, class token in front."""
+    model, (imgs, _, mask) = tiny_beit(plain=True), batch()
+    encoder, rows = model.encoder, []
+    for b in range(4):
+        patches = encoder.patch_embed(imgs)[b]
+        tokens = [model.mask_token[0, 0] if mask[b, i] else patches[i] for i in range(64)]
+        rows.append(torch.stack([encoder.cls_token[0, 0], *tokens]) + encoder.pos_embed[0])
+    x = torch.stack(rows)
+    for block in encoder.blocks:
+        x = block(x)
+    assert torch.allclose(model.hidden_states(imgs, mask), encoder.norm(x)[:, 1:], atol=1e-5)
+
+
 def test_codes_and_patches_share_their_order():
     """An image with one bright patch: the codes' logits and the hidden states that move lie around it."""
     tokenizer, model = dvae.DVAE(grid=8, stride=4, n_hid=8, vocab=64), tiny_beit()
@@ -178,14 +197,13 @@ def test_codes_and_patches_share_their_order():
 
 
 def test_features_are_of_the_block_three_quarters_up():
-    """Block 9 of 12 in ViT-B; here the second of three: its patches' mean, before any norm."""
-    model, (imgs, _, _) = tiny_beit(), batch()
-    x = model.encoder.patch_embed(imgs)
-    x = torch.cat([model.encoder.cls_token.expand(4, -1, -1), x], 1)
-    for block in model.encoder.blocks[:2]:
-        x = block(x, model.encoder.rel_pos_bias())
+    """Block 9 of 12, as in ViT-B: its patches' mean, before any norm."""
+    encoder = ViT(32, 4, 48, depth=12, num_heads=4, pos="none", rel_pos="shared", layer_scale=0.1)
+    model, (imgs, _, _) = beit.BEiT(encoder, 64), batch()
+    x = torch.cat([encoder.cls_token.expand(4, -1, -1), encoder.patch_embed(imgs)], 1)
+    for block in encoder.blocks[:9]:
+        x = block(x, encoder.rel_pos_bias())
     assert torch.allclose(model.features(imgs), x[:, 1:].mean(1), atol=1e-6)
-    assert round(0.75 * 12) == 9
 
 
 def test_token_marginal():
@@ -272,7 +290,46 @@ def test_a_tokenizer_that_does_not_fit(name, words, tmp_path, monkeypatch, capsy
     args = SimpleNamespace(tokenizer=name, data="cifar10", device="cpu", compile=False)
     with pytest.raises(SystemExit) as stopped:
         beit.prepare_tokenizer(args, 8)
-    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and len(said) == 1 and words in said[0]
+
+
+# ---- pictures ----
+
+
+def shown(model, views, mask, answer, monkeypatch, tokenizer=None):
+    """Rows and title of the picture if the head gives `answer`, for images of mean 0 and std 1."""
+    taken = []
+    monkeypatch.setattr(model.lm_head, "forward", lambda h: answer)
+    monkeypatch.setattr(data, "save_rows", lambda path, rows, title: taken.append((rows, title)))
+    beit.pictures(model, tokenizer, views, mask, SimpleNamespace(mean=(0.0,) * 3, std=(1.0,) * 3), "x.png")
+    return taken[0]
+
+
+def test_pictures_of_codes(monkeypatch):
+    """Hidden patches: grey, then painted from the predicted codes among true ones; visible: the image."""
+    tokenizer = dvae.DVAE(grid=8, stride=4, n_hid=8, vocab=16)
+    imgs, (_, _, mask) = torch.rand(4, 3, 32, 32), batch()
+    ids = tokenizer.tokens(imgs)
+    guess = torch.where(torch.arange(64) < 32, ids, (ids + 1) % 16)         # right in the upper half
+    rows, title = shown(tiny_beit(vocab=16), [imgs, imgs], mask, F.one_hot(guess, 16), monkeypatch, tokenizer)
+    painted = tokenizer.paint(torch.where(mask, guess, ids))
+    for i in range(64):
+        r, c = i // 8 * 4, i % 8 * 4
+        for b in range(4):
+            here = b, slice(None), slice(r, r + 4), slice(c, c + 4)
+            assert torch.allclose(rows["predicted, painted"][here], (painted if mask[b, i] else imgs)[here])
+            assert torch.allclose(rows["visible"][here], torch.tensor(0.5) if mask[b, i] else imgs[here])
+    assert torch.allclose(rows["true codes, painted"], tokenizer.paint(ids))
+    assert title.startswith(f"{mask[:, :32].sum() / mask.sum():.1%} of the hidden codes")
+
+
+def test_pictures_of_pixels(monkeypatch):
+    """With the right normalised pixels, the painted image is the image itself."""
+    imgs, (_, _, mask) = torch.rand(4, 3, 32, 32), batch()
+    model = tiny_beit(vocab=48, target="pixels")
+    rows, _ = shown(model, [imgs], mask, beit.pixel_targets(imgs, 4), monkeypatch)
+    assert torch.allclose(rows["predicted, painted"], imgs, atol=1e-5)
 
 
 # ---- the judge ----
@@ -297,11 +354,12 @@ def test_fine_tuning_copies_the_shared_table_into_every_block(tmp_path):
     assert len({id(table) for table in tables}) == 3 and model.rel_pos_bias is None
     assert all(torch.equal(t, encoder.rel_pos_bias.relative_position_bias_table) for t in tables)
     assert isinstance(model.norm, torch.nn.Identity) and (model.fc_norm.weight == 1).all()
-    args.mode = "linear"
-    assert vit.build(args, 0, "cls")[0].rel_pos_bias is not None
+    assert 0 < model.head.weight.abs().max() < 2e-4 and (model.head.bias == 0).all()
     imgs = torch.randn(2, 3, 32, 32)
-    frozen = vit.build(args, 0, "cls")[0].forward_features(imgs)
-    assert torch.equal(frozen, encoder.forward_features(imgs))
+    for args.mode in ("linear", "knn"):
+        frozen, _ = vit.build(args, 0, "cls")
+        assert frozen.rel_pos_bias is not None and frozen.blocks[0].rel_pos_bias is None
+        assert torch.equal(frozen.forward_features(imgs), encoder.forward_features(imgs))
 
 
 LINEAR = dict(mode="linear", layers="all", blrs="0.1,1", optimizer="sgd", device="cpu", amp="none")

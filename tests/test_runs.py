@@ -901,6 +901,19 @@ def test_knn_vote_against_a_slow_reference():
 
 # ---- all command lines ----
 
+@pytest.mark.parametrize("flags, places", (
+    ("--plain", ("learned", "none", 0.0)), ("--target pixels", ("none", "shared", 0.1)),
+    ("--predict all --masking random --layer_scale 0", ("none", "shared", 0.0))))
+def test_ablations_of_beit(flags, places):
+    """Each runs with the positions it promises; --target pixels needs no tokenizer and has no accuracy."""
+    if "pixels" in flags:
+        Path("out/dvae-shapes/tokenizer.pt").unlink()
+    run(f"{BEIT} --layer_scale 0.1 {flags} --max_steps 2 --output_dir run")
+    config = read("run/encoder.pt")["config"]
+    assert (config["pos"], config["rel_pos"], config["layer_scale"]) == places
+    assert any("accuracy" in line for line in log_of("run")) == ("pixels" not in flags)
+
+
 def test_every_script_end_to_end(tmp_path):
     """Every method, then vit.py in all five modes on MAE's encoder: results, accuracies and pictures."""
     def prepare(patch):
