@@ -31,7 +31,7 @@ from torch import nn
 
 import data
 from dvae import prepare_tokenizer, token_marginal
-from vit import SIZES, ViT, cosine_lr, param_groups, set_lr
+from vit import SIZES, ViT, cosine_lr, load_init, official_state, param_groups, set_lr
 
 # columns:             shapes, cifar10, cifar100, tiny-imagenet, imagenet (the paper's table 9, 800 epochs);
 # {"tiny": a, "micro": b} is b for --model micro, the laptop's, and a for every other model
@@ -154,6 +154,12 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
+def official_names(content):
+    """A pre-training file of unilm/beit -> a state dict under our names."""
+    return {name if name.startswith(("mask_token", "lm_head")) else f"encoder.{name}": value
+            for name, value in official_state(content).items()}
+
+
 @torch.no_grad()
 def pictures(model, tokenizer, views, mask, source, path):
     """Rows: image, what is visible, prediction pasted into it, and what perfect tokens would have painted."""
@@ -198,6 +204,8 @@ def main():
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], **places, drop_path=args.drop_path)
     num_out = tokenizer.vocab if tokenizer else 3 * args.patch_size ** 2
     model = BEiT(encoder, num_out, args.num_masked, args.target, args.predict).to(device)
+    if args.init:
+        load_init(model, args.init, official_names)
     net = data.wrap(model, args)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999),
                                   fused="mps" not in args.device)

@@ -14,7 +14,8 @@ again, so the class token has to hold what early patches cannot know: the whole 
 Shapes: B images, N patches (no cls), M hidden ones of each, C width, E of a code, K codes, T width of the
 teacher.
 
-The teacher is an encoder.pt of ours (iBOT's by default, MAE's, a supervised one) or a file of DINO or timm.
+The teacher is an encoder.pt of ours (iBOT's by default, MAE's, a supervised one), or an official file that
+vit.py reads (DINO, timm), or OpenAI's CLIP.
 
 Deviations: k-means on vectors of all ranks, on one rank, then broadcast; codes that no vector chose for a
 while restart at random vectors (--restart, off on ImageNet); the branch starts like the other blocks; masks,
@@ -27,15 +28,18 @@ tokenizer view and fused biases as in beit.py.
 """
 import math
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 
 import data
-from vit import SIZES, Block, ViT, cosine_lr, load_weights, param_groups, read_encoder, set_lr
+from vit import (SIZES, Block, ViT, cosine_lr, load_init, load_weights, official_state, param_groups,
+                 read_encoder, set_lr)
 
 # columns:             shapes, cifar10, cifar100, tiny-imagenet, imagenet (the paper's appendix);
 # {"tiny": a, "micro": b} is b for --model micro, the laptop's, and a for every other model
@@ -238,15 +242,79 @@ def rescale(blocks, first=1):
         block.mlp.fc2.weight.data /= math.sqrt(2 * i)
 
 
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * (1.702 * x).sigmoid()
+
+
+class CLIP(ViT):
+    """OpenAI's visual tower: a norm in front of the blocks, too, QuickGELU, and a projection as its head."""
+
+    def __init__(self, num_classes, **config):
+        super().__init__(**config)
+        self.ln_pre = nn.LayerNorm(config["embed_dim"])
+        self.head = nn.Linear(config["embed_dim"], num_classes, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-5
+        for block in self.blocks:
+            block.mlp.act = QuickGELU()
+
+    def add_cls_and_pos(self, x):
+        return self.ln_pre(super().add_cls_and_pos(x))
+
+
+CLIP_STATS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_NAMES = {"class_embedding": "cls_token", "positional_embedding": "pos_embed",
+              "conv1": "patch_embed.proj", "ln_post": "norm", "transformer.resblocks": "blocks",
+              "ln_1": "norm1", "ln_2": "norm2", "attn.in_proj_": "attn.qkv.", "attn.out_proj": "attn.proj",
+              "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+
+
+def read_clip(path):
+    """CLIP's visual tower, from OpenAI's archive (TorchScript) or a state dict: the network under our names.
+
+    None if the file is another one. The number of heads is the width over 64, as in all of OpenAI's.
+    """
+    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in
+                                        zipfile.ZipFile(path).namelist()):
+        content = torch.jit.load(path, map_location="cpu").state_dict()
+    else:
+        content = data.load_file(path)
+    if "visual.conv1.weight" not in content:
+        return None
+    state = {}
+    for name, value in content.items():
+        if name.startswith("visual."):
+            name = name.removeprefix("visual.")
+            for theirs, ours in CLIP_NAMES.items():
+                name = name.replace(theirs, ours)
+            state[name] = value.float()
+    D, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    state["cls_token"], state["pos_embed"] = state["cls_token"].view(1, 1, D), state["pos_embed"][None]
+    state["patch_embed.proj.bias"] = torch.zeros(D)
+    state["head.weight"] = state.pop("proj").T
+    model = CLIP(len(state["head.weight"]), embed_dim=D, num_heads=D // 64, patch_size=patch_size,
+                 img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
+                 depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}))
+    data.compare_tensors(path, state, model.state_dict())
+    model.load_state_dict(state)
+    return model
+
+
 class Teacher(nn.Module):
     """A frozen encoder's patch features of images in [-1, 1], one for each patch of the student."""
 
     def __init__(self, path, grid):
         super().__init__()
-        state, config, mean, std = read_encoder(path)
-        self.vit = ViT(**config | {"num_classes": 0, "drop_path": 0.0})
-        load_weights(self.vit, {k: v for k, v in state.items() if not k.startswith("head.")}, path)
-        self.size, self.dim = grid * config["patch_size"], config["embed_dim"]
+        self.vit, (mean, std) = read_clip(path), CLIP_STATS
+        if self.vit is None:
+            state, config, mean, std = read_encoder(path)
+            self.vit = ViT(**config | {"num_classes": 0, "drop_path": 0.0})
+            load_weights(self.vit, {k: v for k, v in state.items() if not k.startswith("head.")}, path)
+        config, head = self.vit.config, self.vit.head
+        self.size = grid * config["patch_size"]
+        self.dim = head.out_features if isinstance(head, nn.Linear) else config["embed_dim"]
         own = config["img_size"] // config["patch_size"]
         if own != grid and self.vit.pos_embed is None:
             data.stop(f"the teacher {path} has {own} x {own} patches and relative positions, but the student "
@@ -260,7 +328,8 @@ class Teacher(nn.Module):
         """(B, 3, H, W) in [-1, 1] -> (B, N, T) float32; images are resized so that the grids agree."""
         self.eval()
         pixels = data.resize((imgs + 1).clamp(0, 2) / 2, self.size)
-        return self.vit.fc_norm(self.vit.forward_features((pixels - self.mean) / self.std))[:, 1:].float()
+        tokens = self.vit.fc_norm(self.vit.forward_features((pixels - self.mean) / self.std))
+        return self.vit.head(tokens[:, 1:]).float()
 
 
 @torch.no_grad()
@@ -287,7 +356,8 @@ def monitor(args, model, teacher, source, view):
 
 @torch.no_grad()
 def tokenizer_pictures(model, teacher, imgs, counts, folder, step):
-    """<step>.png: images, how near the rebuilt features are; words.png: patches of the commonest codes."""
+    """<step>.png: images, how near the rebuilt features are; words.png: patches of the commonest codes;
+    usage.png: how often each code occurs."""
     model.eval()
     ids = torch.cat([model.quantizer.nearest(model.vectors(part))[1] for part in imgs.split(100)])  # (n, N)
     few = imgs[:8]
@@ -305,6 +375,12 @@ def tokenizer_pictures(model, teacher, imgs, counts, folder, step):
     data.save_rows(folder / "words.png", {label: row for label, row in rows.items() if len(row)},
                    f"patches (the middle third) of the commonest codes; {(counts > 0).sum()} of "
                    f"{len(counts)} codes are used")
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axes, share = figure.subplots(), counts.sort(descending=True).values / counts.sum()
+    axes.fill_between(range(1, len(share) + 1), share.numpy(), step="mid")
+    axes.axhline(1 / len(share), color="black", linewidth=0.8)
+    axes.set(yscale="log", xlabel="code, commonest first", ylabel="share of all patches (line: uniform)")
+    figure.savefig(folder / "usage.png", dpi=110)
 
 
 def train_tokenizer(args):
@@ -325,6 +401,8 @@ def train_tokenizer(args):
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model])
     model = VQKD(encoder, args.num_codes, args.code_dim, args.decoder_depth, teacher.dim, args.commit,
                  args.decay).to(device)
+    if args.init:
+        load_init(model, args.init, official_tokenizer)
     net = data.wrap(model, args)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.99),
                                   fused="mps" not in args.device)
@@ -349,7 +427,7 @@ def train_tokenizer(args):
         for (imgs,), _ in batch:                                # the labels are never used
             with data.autocast(args):
                 target = teacher(imgs)
-                if step == 0 and not torch.is_tensor(total):
+                if step == 0 and not torch.is_tensor(total) and not args.init:
                     with torch.no_grad():
                         model.quantizer.start(model.vectors(imgs).flatten(0, 1))
                 loss, *parts, batch_moments, z = net(imgs, target)
@@ -386,16 +464,37 @@ def save_tokenizer(args, model):
         data.save_atomically(content, Path(args.output_dir) / "tokenizer.pt")
 
 
+def official_tokenizer(content):
+    """A VQ-KD file of unilm/beit2 -> a state dict under our names; its teacher is left out."""
+    state = {}
+    for name, value in official_state(content).items():
+        if name == "quantize.embedding.weight":
+            state |= {"quantizer.codebook": value, "quantizer.hits": torch.zeros(len(value))}
+        elif not name.startswith(("quantize.", "teacher", "scaling", "loss")):
+            state[name.replace("fc_norm.", "norm.")] = value
+    return state
+
+
 def load_tokenizer(path):
-    """The frozen tokenizer of a tokenizer.pt. Raises: exits with one sentence if it is none of stage 1."""
+    """The frozen tokenizer of a tokenizer.pt, or an official one.
+
+    Raises: exits with one sentence if the file is neither.
+    """
     content = data.load_file(path)
-    if content.get("method") != "beit_v2" or "num_codes" not in content.get("config", {}):
-        data.stop(f"{path} is no tokenizer of beit_v2.py: train one with --stage tokenizer, and give its "
-                  f"tokenizer.pt")
-    config = dict(content["config"])
+    if content.get("method") == "beit_v2" and "num_codes" in content.get("config", {}):
+        state, config = content["model"], dict(content["config"])
+    else:
+        state = official_tokenizer(content)
+        if "quantizer.codebook" not in state:
+            data.stop(f"{path} is no tokenizer of beit_v2.py: train one with --stage tokenizer, and give its "
+                      f"tokenizer.pt")
+        num_codes, code_dim = state["quantizer.codebook"].shape
+        config = {"encoder": read_encoder(path)[1], "num_codes": num_codes, "code_dim": code_dim,
+                  "decoder_depth": len({name.split(".")[2] for name in state if "decoder.blocks." in name}),
+                  "teacher_dim": len(state["decode_task_layer.2.bias"])}
     model = VQKD(ViT(**config.pop("encoder")), **config)
-    data.compare_tensors(path, content["model"], model.state_dict())
-    model.load_state_dict(content["model"])
+    data.compare_tensors(path, state, model.state_dict())
+    model.load_state_dict(state)
     return model.requires_grad_(False).eval()
 
 
@@ -465,6 +564,13 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
+def official_names(content):
+    """A pre-training file of unilm/beit2 -> a state dict under our names."""
+    own = ("mask_token", "lm_head", "cls_pt_")
+    return {name if name.startswith(own) else f"encoder.{name}": value
+            for name, value in official_state(content).items()}
+
+
 @torch.no_grad()
 def pictures(model, tokenizer, views, mask, source, path):
     """Rows: image, what is visible, how near the predicted code's vector is to the true one's."""
@@ -506,6 +612,8 @@ def pretrain(args):
                   layer_scale=args.layer_scale, drop_path=args.drop_path)
     model = BEiTv2(encoder, tokenizer.vocab, args.num_masked, args.early_layer, args.branch_depth,
                    args.shared_head).to(device)
+    if args.init:
+        load_init(model, args.init, official_names)
     net = data.wrap(model, args)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr,
                                   betas=(0.9, args.beta2), fused="mps" not in args.device)
@@ -568,6 +676,8 @@ def main():
     stage = data.peek("stage", kept.get("stage", "both"), ("both", "tokenizer", "pretrain"))
     if stage == "both" and data.peek("output_dir", ""):
         data.stop("--output_dir is the folder of one run: give --stage tokenizer or --stage pretrain, too")
+    if stage == "both" and data.peek("init", ""):
+        data.stop("--init is the file of one stage: give --stage tokenizer or --stage pretrain, too")
     stages = ("tokenizer", "pretrain") if stage == "both" else (stage,)
     if stage == "both" and data.peek("tokenizer", ""):
         stages = ("pretrain",)

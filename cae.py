@@ -24,6 +24,7 @@ directly: the k-NN monitor reads the mean of the patch tokens.
 """
 import copy
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -32,8 +33,8 @@ from torch import nn
 
 import data
 from dvae import prepare_tokenizer, token_marginal
-from vit import (SIZES, Block, Mlp, ViT, cosine_lr, drop_path, param_groups, set_lr, sincos_pos_embed,
-                 update_ema)
+from vit import (SIZES, Block, Mlp, ViT, cosine_lr, drop_path, load_init, official_state, param_groups,
+                 set_lr, sincos_pos_embed, update_ema)
 
 # columns:             shapes, cifar10, cifar100, tiny-imagenet, imagenet (CAE-B, 800 epochs;
 #                      300 and 1600 epochs go with --warmup_epochs 10 and 40);
@@ -250,6 +251,28 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
+def official_names(content, momentum=0.0):
+    """A pre-training file of lxtGH/CAE, in either of its layouts -> a state dict under our names.
+
+    With momentum the copy of the encoder is the file's, or, where the file has none, its encoder.
+    """
+    prefixes = {"pretext_neck.": "", "regresser.": "", "decoder.norm.": "norm2.", "decoder.": "",
+                "encoder_to_regresser": "encoder_to_decoder", "alignment_encoder.": "teacher."}
+    state = {}
+    for name, value in official_state(content).items():
+        old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        name = prefixes.get(old, "") + name.removeprefix(old)
+        state[re.sub(r"cross_attn\.([qv])_bias$", r"cross_attn.\1.bias", name)] = value
+    state.pop("rd_pos_embed", None)                             # positions are fixed
+    if "encoder.blocks.0.gamma_1" not in state:                 # no layer scale: the rest are frozen ones
+        state = {name: value for name, value in state.items() if "gamma_" not in name}
+    if not momentum:
+        return {name: value for name, value in state.items() if not name.startswith("teacher.")}
+    copies = {name.replace("encoder.", "teacher.", 1): value for name, value in state.items()
+              if name.startswith("encoder.")}
+    return copies | state
+
+
 @torch.no_grad()
 def direct(model, imgs, target, mask):
     """Is the regressor's space the encoder's? Loss and share of right codes at the hidden patches, decoded
@@ -323,6 +346,9 @@ def main():
     model = CAE(encoder, num_out, args.num_masked, args.regressor_depth, args.decoder_depth, args.decoder_dim,
                 args.decoder_heads, args.layer_scale, args.drop_path, args.align_weight, args.target,
                 args.momentum).to(device)
+    if args.init:
+        positions = [name for name in model.state_dict() if name.endswith("pos_embed")]
+        load_init(model, args.init, lambda content: official_names(content, args.momentum), positions)
     net = data.wrap(model, args)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
                                   betas=(0.9, 0.999), fused="mps" not in args.device)

@@ -1036,6 +1036,7 @@ COMMON = {  # flag: (default, help); a RECIPES table gives the defaults that dep
     "save_every": (1, "epochs between two checkpoints"),
     "max_steps": (0, "stop after this many steps (smoke tests, throughput); 0: run all epochs"),
     "holdout": (0, "set this many training images aside and validate on them, to tune without the test set"),
+    "init": ("", "start from the weights of this file: an official one with all parts, or a last.pt"),
     "resume": (False, "continue the run in output_dir, with its flags; flags typed again win"),
 }
 CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "amp": ("auto", "bf16", "fp16", "none"),
@@ -1426,9 +1427,16 @@ def write_text(text, path):
 
 
 def load_file(path):
-    """A file of torch.save, on the CPU, executing nothing. Raises: exits with one sentence if damaged."""
+    """A file of torch.save, on the CPU, executing nothing. Raises: exits with one sentence if damaged.
+
+    Besides tensors it may hold what official files do: flags in a Namespace, and numbers of numpy.
+    """
+    scalar = np.float64(0).__reduce__()[0]
+    allowed = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8")),
+               *((scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core"))]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         stop(f"there is no file {path}: check the path")
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:

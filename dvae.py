@@ -25,8 +25,10 @@ updates, not 3 million. Crops are those that BEiT will show. All tensors of rank
 """
 import copy
 import math
+import pickle
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -263,11 +265,75 @@ def save_tokenizer(args, model):
         data.save_atomically(content, Path(args.output_dir) / "tokenizer.pt")
 
 
-def load_tokenizer(path):
+class Shell:
+    """Stands for a class of a pickle: takes its attributes, and runs nothing."""
+
+    def __init__(self, *args, **options):
+        pass
+
+    def __setstate__(self, state):
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Builds tensors and empty shells, and nothing else. torch.load knows the tensors' storages itself."""
+
+    def find_class(self, module, name):
+        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
+                              ("collections", "OrderedDict")):
+            return super().find_class(module, name)
+        return type(name, (Shell,), {})
+
+
+def read_dalle(path):
+    """The state dict of a pickled module, OpenAI's encoder.pkl or decoder.pkl, under our names.
+
+    Raises: exits with one sentence if the file is missing, damaged, or no such module.
+    """
+    tools = SimpleNamespace(Unpickler=TensorUnpickler, load=lambda file, **options: TensorUnpickler(
+        file, **options).load(), __name__="tensors")
+
+    def tensors(shell, prefix=""):
+        for name, value in getattr(shell, "_parameters", {}).items():
+            yield prefix + {"w": "weight", "b": "bias"}.get(name, name), value.data.float()
+        for name, child in getattr(shell, "_modules", {}).items():
+            yield from tensors(child, f"{prefix}{name}.")
+
+    try:
+        state = dict(tensors(torch.load(path, map_location="cpu", pickle_module=tools, weights_only=False)))
+    except FileNotFoundError:
+        data.stop(f"there is no file {path}: DALL-E's dVAE is encoder.pkl and decoder.pkl in one folder, "
+                  f"from https://cdn.openai.com/dall-e/")
+    except Exception as error:                                  # whatever a damaged pickle may raise
+        data.stop(f"{path} cannot be read as a pickled module ({type(error).__name__}): fetch it again")
+    if "blocks.input.weight" not in state:
+        data.stop(f"{path} is no encoder.pkl or decoder.pkl of DALL-E: it has no blocks.input.w")
+    return state
+
+
+def load_dalle(path, grid):
+    """DALL-E's dVAE, the decoder from the same folder as the encoder; sizes are read off the shapes."""
+    encoder = read_dalle(path)
+    decoder = read_dalle(Path(path).with_name(Path(path).name.replace("encoder", "decoder")))
+    n_hid, vocab = len(encoder["blocks.input.bias"]), len(encoder["blocks.output.conv.bias"])
+    n_groups = len({name.split(".")[1] for name in encoder if "group_" in name})
+    blocks = len({name.split(".")[2] for name in encoder if "group_1." in name})
+    model = DVAE(grid, 2 ** (n_groups - 1), n_hid, blocks, vocab)
+    state = {f"encoder.{name}": value for name, value in encoder.items()}
+    state |= {f"decoder.{name}": value for name, value in decoder.items()}
+    data.compare_tensors(path, state, model.state_dict())
+    model.load_state_dict(state)
+    return model
+
+
+def load_tokenizer(path, grid=14):
     """The frozen dVAE of a tokenizer.pt: `tokens` reads pixels in [0, 1], `paint` gives them back.
 
+    path may be DALL-E's encoder.pkl, too, beside its decoder.pkl: a network for any grid, it gets `grid`.
     Raises: exits with one sentence if the file is missing, damaged, or no tokenizer of dvae.py.
     """
+    if Path(path).suffix == ".pkl":
+        return load_dalle(path, grid).requires_grad_(False).eval()
     content = data.load_file(path)
     if content.get("method") != "dvae":
         data.stop(f"{path} is no tokenizer of dvae.py: train one with python dvae.py, "
@@ -284,7 +350,7 @@ def prepare_tokenizer(args, grid):
     if not args.tokenizer and not Path(path).exists():
         data.stop(f"there is no {path}: train it with python dvae.py --data {args.data}, name one with "
                   f"--tokenizer FILE, or predict pixels with --target pixels")
-    tokenizer = load_tokenizer(path).to(args.device, memory_format=torch.channels_last)
+    tokenizer = load_tokenizer(path, grid).to(args.device, memory_format=torch.channels_last)
     if tokenizer.grid != grid:
         data.stop(f"{path} makes {tokenizer.grid} x {tokenizer.grid} tokens, but the ViT has {grid} x {grid} "
                   f"patches: use its --img_size and --patch_size here, or train another one with dvae.py")
@@ -408,6 +474,10 @@ def main():
 
     model = DVAE(grid, args.stride, args.n_hid, args.blocks, args.vocab, args.recon,
                  args.straight_through).to(device, memory_format=torch.channels_last)
+    if args.init:
+        state = load_tokenizer(args.init, grid).state_dict()
+        data.compare_tensors(args.init, state, model.state_dict())
+        model.load_state_dict(state)
     net = data.wrap(model, args)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999),

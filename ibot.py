@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from vit import SIZES, ViT, cls_attention, cosine_lr, param_groups, set_lr, update_ema
+from vit import (SIZES, ViT, cls_attention, cosine_lr, load_init, official_state, param_groups, set_lr,
+                 update_ema)
 
 # columns:              shapes, cifar10, cifar100, tiny-imagenet, imagenet (the published commands);
 # {"tiny": a, "micro": b} is b for --model micro, the laptop's, and a for every other model
@@ -174,6 +175,7 @@ class Network(nn.Module):
     def __init__(self, backbone, head):
         super().__init__()
         self.backbone, self.head = backbone, head
+        backbone.config["pos_offset"] = 0.1                     # as DINO interpolates positions for crops
 
     def tokens(self, imgs, mask=None, masked_embed=None):
         """(n, 3, H, W), mask (n, N) bool or None -> tokens after the last norm, (n, 1 + N, D)"""
@@ -181,19 +183,7 @@ class Network(nn.Module):
         x = vit.patch_embed(imgs)                                                           # (n, N, D)
         if mask is not None:  # before the positions are added
             x = torch.where(mask[:, :, None], masked_embed.to(x.dtype), x)
-        pos = crop_pos_embed(vit.pos_embed, math.isqrt(x.shape[1]))
-        x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], 1) + pos                   # (n, 1 + N, D)
-        return vit.norm(vit.forward_blocks(x)[-1])
-
-
-def crop_pos_embed(pos_embed, grid):
-    """Positions (1, 1 + g g, D) for a crop of grid x grid patches, with the 0.1 that DINO adds."""
-    old = math.isqrt(pos_embed.shape[1] - 1)
-    if old == grid:
-        return pos_embed
-    pos = pos_embed[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)                     # (1, D, g, g)
-    pos = F.interpolate(pos, scale_factor=(grid + 0.1) / old, mode="bicubic")
-    return torch.cat([pos_embed[:, :1], pos.flatten(2).transpose(1, 2)], 1)
+        return vit.norm(vit.forward_blocks(vit.add_cls_and_pos(x))[-1])
 
 
 # ---- the losses ----
@@ -311,6 +301,15 @@ def collapse(logs, args):
         return "all images go to one prototype: try a higher --teacher_temp or a smaller --lr"
 
 
+def official_names(content):
+    """A whole checkpoint of bytedance/ibot: student, teacher, centres -> a state dict under our names."""
+    student, centres = official_state(content["student"]), content["ibot_loss"]
+    return ({"masked_embed": student.pop("backbone.masked_embed"), "centre": centres["center"].float(),
+             "patch_centre": centres["center2"].float().flatten(0, 1)}
+            | {f"student.{name}": value for name, value in student.items()}
+            | {f"teacher.{name}": value for name, value in official_state(content["teacher"]).items()})
+
+
 @torch.no_grad()
 def pictures(model, imgs, source, folder, step):
     """<step>.png: where the teacher's class token looks, per head; vocabulary.png: patches that share a
@@ -377,6 +376,8 @@ def main():
     crops = 2 * args.batch_size // data.world_size() // args.accum_steps
     model = IBOT(network(args.drop_path), network(0.0), most_hidden(args, crops, grid), args.lambda1,
                  args.lambda2).to(device)
+    if args.init:
+        load_init(model, args.init, official_names, pos_offset=0.1)
     net = data.wrap(model, args)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
                                   betas=(0.9, 0.999), fused="mps" not in args.device)

@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 import data
-from vit import SIZES, Block, ViT, cosine_lr, param_groups, set_lr, sincos_pos_embed
+from vit import (SIZES, Block, ViT, cosine_lr, load_init, official_state, param_groups, set_lr,
+                 sincos_pos_embed)
 
 # columns:               shapes, cifar10, cifar100, tiny-imagenet, imagenet (the paper's table 8);
 # {"tiny": a, "micro": b} is b for --model micro, the laptop's, and a for every other model
@@ -189,6 +190,12 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
+def official_names(content):
+    """A file of facebookresearch/mae, with its decoder -> a state dict under our names."""
+    return {name if name.startswith(("mask_token", "decoder_")) else f"encoder.{name}": value
+            for name, value in official_state(content).items()}
+
+
 @torch.no_grad()
 def pictures(model, imgs, source, path):
     """Rows: image, what the encoder sees, prediction, prediction pasted into the visible part."""
@@ -234,6 +241,8 @@ def main():
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="sincos")
     model = MAE(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads, args.mask_ratio,
                 args.norm_pix_loss, args.sampling, args.encoder_sees_mask).to(device)
+    if args.init:
+        load_init(model, args.init, official_names, fixed=("encoder.pos_embed", "decoder_pos_embed"))
     net = data.wrap(model, args)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
                                   betas=(0.9, 0.95), fused="mps" not in args.device)

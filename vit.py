@@ -11,7 +11,8 @@ linear classifier.
 Shapes: B images, g x g = N patches (no cls), D width, H heads, K classes.
 
 `ViT` is the encoder of all seven methods. Run as a script this file trains it with labels (the supervised
-baseline), and with --init FILE it judges an encoder: our encoder.pt, or a file of MAE, DINO, DeiT or timm.
+baseline), and with --init FILE it judges an encoder: our encoder.pt, or an official file of any method here,
+of DINO, DeiT or timm. --export NAME.pt writes it as a plain state dict for timm.
 
     train      supervised, from scratch
     finetune   all weights, from --init FILE
@@ -53,6 +54,8 @@ SHARED = {
     "patch_size":      (4, 4, 4, 8, 16),
     "mode":            "train",
     "init":            "",
+    "export":          "",
+    "half_stats":      False,
     "label_fraction":  1.0,
     "pool":            "mean",
     "pos":             "learned",
@@ -121,7 +124,9 @@ RECIPES = {
 FLAGS = {
     "mode": ("what to do", tuple(RECIPES)),
     "init": "the encoder to start from or to judge: "
-            "encoder.pt of any method, or a MAE, DINO, DeiT or timm file",
+            "encoder.pt of any method, or a file of MAE, DINO, iBOT, BEiT, BEiT v2, CAE, DeiT or timm",
+    "export": "write the encoder of --init FILE to this file, under timm's names, and do nothing else",
+    "half_stats": "--init FILE knows pixels of mean and std 0.5 (timm's ViTs by Google), not ImageNet's",
     "label_fraction": "share of the training labels to use, the same of every class",
     "pool": ("what the classifier reads: the class token after `norm`, "
              "or the mean of the patches and `fc_norm`", ("cls", "mean")),
@@ -163,14 +168,18 @@ def sincos_pos_embed(embed_dim, grid, cls_token=True):
     return (torch.cat([torch.zeros(1, embed_dim), pos]) if cls_token else pos)[None]
 
 
-def interpolate_pos_embed(pos_embed, grid):
-    """Bicubic interpolation of (1, 1 + s*s, D) positions to (1, 1 + grid*grid, D); the class token stays."""
+def interpolate_pos_embed(pos_embed, grid, offset=0.0):
+    """Bicubic interpolation of (1, 1 + s*s, D) positions to (1, 1 + grid*grid, D); the class token stays.
+
+    offset 0.1 is what DINO and iBOT add to the new grid before they divide by the old one.
+    """
     old = math.isqrt(pos_embed.shape[1] - 1)
     if old == grid:
         return pos_embed
     cls_pos, pos = pos_embed[:, :1], pos_embed[:, 1:]
     pos = pos.reshape(1, old, old, -1).permute(0, 3, 1, 2)                                  # (1, D, s, s)
-    pos = F.interpolate(pos.float(), size=(grid, grid), mode="bicubic", align_corners=False)
+    target = {"scale_factor": (grid + offset) / old} if offset else {"size": (grid, grid)}
+    pos = F.interpolate(pos.float(), mode="bicubic", align_corners=False, **target)
     return torch.cat([cls_pos, pos.flatten(2).transpose(1, 2).to(cls_pos.dtype)], 1)
 
 
@@ -350,12 +359,12 @@ class ViT(nn.Module):
 
     pool "cls": `norm` after the last block, classify the class token. pool "mean": no `norm`, classify
     `fc_norm` of the mean of the patches. num_classes 0: no head. pos "sincos" is fixed: it does not train
-    unless requires_grad is set.
+    unless requires_grad is set. pos_offset: of `interpolate_pos_embed`, for images of another size.
     """
 
     def __init__(self, img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
                  num_classes=0, pool="cls", pos="learned", rel_pos="none", layer_scale=0.0, drop_path=0.0,
-                 qkv_bias=True, stem="patch"):
+                 qkv_bias=True, stem="patch", pos_offset=0.0):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         grid = img_size // patch_size
@@ -381,7 +390,8 @@ class ViT(nn.Module):
         """Embedded patches (B, N, D), all of them -> the blocks' input (B, 1 + N, D)"""
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         if self.pos_embed is not None:
-            x = x + interpolate_pos_embed(self.pos_embed, math.isqrt(x.shape[1] - 1))
+            grid = math.isqrt(x.shape[1] - 1)
+            x = x + interpolate_pos_embed(self.pos_embed, grid, self.config["pos_offset"])
         return x
 
     def forward_blocks(self, x):
@@ -476,38 +486,102 @@ class LARS(torch.optim.Optimizer):
 
 # ---- loading ----
 
+LAYOUTS = {  # official files: a tensor that tells which, the encoder's prefix, what else such a file holds
+    "VQ-KD": ("quantize.embedding.weight", "encoder.",
+              r"(decoder|encode_task_layer|decode_task_layer|quantize|teacher|scaling|loss)"),
+    "CAE": ("encoder.patch_embed.proj.weight", "encoder.",
+            r"(mask_token|rd_pos_embed|pretext_neck|regresser|decoder|encoder_to_|teacher|alignment_encoder)"),
+    "DINO": ("backbone.patch_embed.proj.weight", "backbone.", r"head\.(mlp|last_layer)"),  # and iBOT
+    "BEiT": ("lm_head.weight", "", r"(mask_token|lm_head|cls_pt_)"),                        # and BEiT v2
+    "MAE": ("mask_token", "", r"(mask_token|decoder_)"),
+    "ViT": ("patch_embed.proj.weight", "", r"(pre_logits|masked_embed)"),
+}
+
+
+def official_state(content):
+    """The state dict in the content of an official file, in float32 and under plain names.
+
+    Wrappers and DDP's prefix go (of student and teacher the teacher stays), and so do index buffers. q_bias
+    and v_bias become one bias with zeros for the keys; bias tables and layer scales get our names.
+    """
+    for key in ("teacher", "model", "module", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    content = {name.removeprefix("module."): value.float() for name, value in content.items()
+               if torch.is_tensor(value)}
+    state = {}
+    for name, value in content.items():
+        if re.search(r"\battn\.v_bias$|relative_position_index$", name):
+            continue
+        if re.search(r"\battn\.q_bias$", name):
+            value = torch.cat([value, torch.zeros_like(value), content[name.replace("q_bias", "v_bias")]])
+            name = name.replace("q_bias", "qkv.bias")
+        name = re.sub(r"attn\.(relative_position_bias_table)$", r"rel_pos_bias.\1", name)
+        state[re.sub(r"\bls([12])\.gamma$", r"gamma_\1", name)] = value                    # timm's
+    return state
+
 
 def read_encoder(path):
-    """Read an encoder file: ours, MAE's, DINO's, DeiT's, timm's. -> state dict, ViT arguments, mean and std
+    """Read an encoder: our encoder.pt, or a file of MAE, DINO, iBOT, BEiT (v2), VQ-KD, CAE, DeiT or timm.
 
-    Wrappers (model, module, state_dict, teacher) and prefixes are removed. Raises: exits with one sentence
-    if the file is damaged, or holds names that no ViT has; decoders, projection heads and mask tokens are
-    known and left out.
+    -> state dict under our names, ViT arguments, mean and std of its pixels (ImageNet's in official files)
+
+    Raises: exits with one sentence if the file is damaged, of no known layout, or holds tensors that files of
+    its layout do not have; `load_weights` looks at the encoder's own.
     """
-    with torch.serialization.safe_globals([argparse.Namespace]):  # official files hold their flags
-        content = data.load_file(path)
-    if isinstance(content, dict) and "config" in content:
+    content = data.load_file(path)
+    if "config" in content and "mean" in content:
         return content["model"], content["config"], content["mean"], content["std"]
-    for key in ("teacher", "model", "module", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    state = {re.sub(r"^(module\.)?(backbone\.)?", "", name): value for name, value in content.items()}
-    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
-        data.stop(f"{path} is no Vision Transformer that is known here: "
-                  f"it has no patch_embed.proj.weight or no pos_embed")
-    other = r"(decoder|mask_token$|pre_logits\.|head\.(mlp|last_layer))"
-    state = {name: value for name, value in state.items() if not re.match(other, name)}
+    everything = official_state(content)
+    layout = next((name for name, (tell, _, _) in LAYOUTS.items() if tell in everything), "ViT")
+    _, prefix, rest = LAYOUTS[layout]
+    state = {}
+    for name, value in everything.items():
+        if name.startswith(prefix) and not (prefix == "" and re.match(rest, name)):
+            state[name.removeprefix(prefix)] = value
+        elif not re.match(rest, name):
+            data.stop(f"{path} looks like a file of {layout}, but such files have no {name}")
+    if layout == "VQ-KD":                                       # applied to the tokens, not to their mean
+        state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
+    config = infer_config(path, state)
+    flat = "cls_token" in content and "head.weight" not in state
+    if layout == "DINO" or layout == "ViT" and ("state_dict" in content or flat):
+        config["pos_offset"] = 0.1                              # files of DINO's and iBOT's backbones
+    return state, config, *data.IMAGENET_STATS
+
+
+def infer_config(path, state):
+    """The arguments of the ViT to which a state dict of official origin belongs"""
+    for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.bias"):
+        if name not in state:
+            data.stop(f"{path} is no Vision Transformer that is known here: it has no {name}")
     embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    fitting = [size for size in SIZES.values() if (size["embed_dim"], size["depth"]) == (embed_dim, depth)]
-    if not fitting:
+    heads = [size["num_heads"] for size in SIZES.values()
+             if (size["embed_dim"], size["depth"]) == (embed_dim, depth)]
+    tables = {name: table for name, table in state.items() if name.endswith("relative_position_bias_table")}
+    for table in tables.values():
+        heads, grid = [table.shape[1]], (math.isqrt(len(table) - 3) + 1) // 2
+    if "pos_embed" in state:
+        grid = math.isqrt(state["pos_embed"].shape[1] - 1)
+        if grid ** 2 + 1 != state["pos_embed"].shape[1]:
+            data.stop(f"{path} has a pos_embed of {state['pos_embed'].shape[1]} tokens: not one class token "
+                      f"and a square grid (distilled DeiT has one token more)")
+    elif not tables:
+        data.stop(f"{path} is no Vision Transformer that is known here: it has neither pos_embed nor a "
+                  f"relative_position_bias_table")
+    if not heads:
         data.stop(f"{path} is {embed_dim} wide and {depth} deep: its number of heads is not known; "
                   "known sizes: " + ", ".join(f"{name} {s['embed_dim']} x {s['depth']}"
                                               for name, s in SIZES.items()))
-    config = fitting[0] | {"patch_size": patch_size, "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-                           "img_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
-                           "pool": "mean" if "fc_norm.weight" in state else "cls"}
-    return state, config, *data.IMAGENET_STATS
+    return {"embed_dim": embed_dim, "depth": depth, "num_heads": heads[0], "patch_size": patch_size,
+            "img_size": grid * patch_size, "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+            "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / embed_dim,
+            "pos": "learned" if "pos_embed" in state else "none",
+            "rel_pos": ("none" if not tables else
+                        "shared" if "rel_pos_bias.relative_position_bias_table" in tables else "block"),
+            "layer_scale": float("blocks.0.gamma_1" in state),
+            "pool": "mean" if "fc_norm.weight" in state else "cls"}
 
 
 def load_weights(model, state, path):
@@ -518,13 +592,14 @@ def load_weights(model, state, path):
     wanted, state = model.state_dict(), dict(state)
     grid = model.config["img_size"] // model.config["patch_size"]
     if "pos_embed" in state:
-        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid)
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], grid, model.config["pos_offset"])
     for name in [name for name in state if name.endswith("relative_position_bias_table")]:
         state[name] = interpolate_rel_pos(state[name], grid)
     if ("head.weight" in wanted and "head.weight" in state
             and state["head.weight"].shape != wanted["head.weight"].shape):
         del state["head.weight"], state["head.bias"]
-    may_differ = ("head.", "norm.", "fc_norm.")
+    has_norm = {"norm.weight", "fc_norm.weight"} & set(state)
+    may_differ = ("head.", "norm.", "fc_norm.") if has_norm else ("head.",)
     for name in sorted(set(state) ^ set(wanted)):
         if not name.startswith(may_differ):
             data.stop(f"{path} does not fit: "
@@ -532,6 +607,68 @@ def load_weights(model, state, path):
     state = {name: value for name, value in state.items() if name in wanted}
     data.compare_tensors(path, state, {name: value for name, value in wanted.items() if name in state})
     model.load_state_dict(state, strict=False)
+
+
+def load_init(model, path, names, fixed=(), pos_offset=0.0):
+    """--init of the pre-training scripts: all of a method's model, from an official file or from a last.pt.
+
+    names: turns the content of an official file into a state dict under our names. Learned positions and bias
+    tables are interpolated; those in `fixed` are no weights: the model keeps its own. Raises: exits with one
+    sentence that names the first tensor that differs.
+    """
+    content, wanted = data.load_file(path), model.state_dict()
+    state = dict(content["model"] if "step" in content else names(content))
+    for name, value in state.items():
+        if name in fixed and value.shape == wanted[name].shape and not torch.allclose(value, wanted[name],
+                                                                                      atol=1e-4):
+            data.stop(f"{path} has other positions {name} than the fixed ones of this method")
+        if name in wanted and value.shape != wanted[name].shape:
+            if name.endswith("pos_embed"):
+                grid = math.isqrt(wanted[name].shape[1] - 1)
+                state[name] = interpolate_pos_embed(value, grid, pos_offset)
+            elif name.endswith("relative_position_bias_table"):
+                state[name] = interpolate_rel_pos(value, (math.isqrt(len(wanted[name]) - 3) + 1) // 2)
+    state |= {name: wanted[name] for name in fixed}
+    data.compare_tensors(path, state, wanted)
+    model.load_state_dict(state)
+    if data.rank() == 0:
+        print(f"starting from {path}", flush=True)
+
+
+def export(path, name):
+    """Write the encoder of a file as a plain state dict under timm's names, and print what loads it.
+
+    With relative positions they are those of timm.models.Beit, else of timm.models.VisionTransformer. Raises:
+    exits with one sentence if timm has no such model (--stem conv).
+    """
+    state, config, _, _ = read_encoder(path)
+    if config.get("stem", "patch") != "patch":
+        data.stop(f"{path} has a convolutional stem: timm's Vision Transformer has none")
+    rel_pos, result = config.get("rel_pos", "none"), {}
+    for key, value in state.items():
+        if rel_pos == "none":
+            key = re.sub(r"gamma_([12])$", r"ls\1.gamma", key)
+        elif key.endswith("attn.qkv.bias"):                     # the keys' part does not change the softmax
+            q, _, v = value.chunk(3)
+            result |= {key.replace("qkv.bias", "q_bias"): q.clone(),
+                       key.replace("qkv.bias", "v_bias"): v.clone()}
+            continue
+        key = re.sub(r"(blocks\.\d+)\.rel_pos_bias", r"\1.attn", key)
+        result[key] = value
+    data.save_atomically(result, Path(name))
+    options = {key: config[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads",
+                                            "mlp_ratio", "qkv_bias")}
+    options |= {"num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+                "global_pool": "avg" if config["pool"] == "mean" else "token"}
+    if config.get("layer_scale"):
+        options["init_values"] = config["layer_scale"]
+    if rel_pos != "none":
+        options |= {"use_abs_pos_emb": "pos_embed" in state,
+                    "use_rel_pos_bias" if rel_pos == "block" else "use_shared_rel_pos_bias": True}
+    kind = "VisionTransformer" if rel_pos == "none" else "Beit"
+    print(f"{name} holds {len(result)} tensors; with timm:\n"
+          f"    model = timm.models.{kind}({', '.join(f'{k}={v!r}' for k, v in options.items())})\n"
+          f"    model.load_state_dict(torch.load({name!r}))", flush=True)
 
 
 def build(args, num_classes, pool):
@@ -542,6 +679,8 @@ def build(args, num_classes, pool):
                                             layer_scale=args.layer_scale, stem=args.stem)
         return ViT(**options, patch_size=args.patch_size, drop_path=getattr(args, "drop_path", 0.0)), None
     state, config, mean, std = read_encoder(args.init)
+    if args.half_stats:
+        mean, std = (0.5,) * 3, (0.5,) * 3
     args.patch_size = config["patch_size"]
     args.model = next((name for name, size in SIZES.items() if size.items() <= config.items()), "file")
     data.check_args(args)
@@ -890,6 +1029,9 @@ def main():
     folder = f"{Path(init).with_suffix('')}-{mode}" if init else f"out/vit-{mode}"
     flags = {name: text for name, text in FLAGS.items() if name in RECIPES[mode]}
     args = data.parse_args(__doc__, RECIPES[mode], flags, folder)
+    if args.export:
+        export(init or data.stop("--export needs the encoder to write: give --init FILE"), args.export)
+        return
     if mode == "finetune" and not init:
         data.stop("--mode finetune needs --init FILE; from scratch is --mode train")
     if mode == "train" and init:

@@ -256,8 +256,9 @@ def dino_checkpoint(state):
             "args": argparse.Namespace(arch="vit_tiny"), "epoch": 3}
 
 
-@pytest.mark.parametrize("wrap", [dict, lambda s: {"model": s}, lambda s: {"state_dict": s}, dino_checkpoint])
-def test_foreign_files(tmp_path, wrap):
+@pytest.mark.parametrize("wrap, offset", ((dict, 0.0), (lambda s: {"model": s}, 0.0),
+                                          (lambda s: {"state_dict": s}, 0.1), (dino_checkpoint, 0.1)))
+def test_foreign_files(tmp_path, wrap, offset):
     """timm, MAE and DINO layouts: wrappers and prefixes go, the size is read off, positions interpolated."""
     torch.manual_seed(0)
     source = ViT(**vit.SIZES["tiny"], img_size=32, patch_size=4, num_classes=10)
@@ -271,7 +272,7 @@ def test_foreign_files(tmp_path, wrap):
     assert torch.equal(model.features(imgs), source.features(imgs))
     larger = ViT(**config | {"img_size": 48})
     vit.load_weights(larger, state, "file.pth")
-    assert torch.equal(larger.pos_embed, vit.interpolate_pos_embed(source.pos_embed, 12))
+    assert torch.equal(larger.pos_embed, vit.interpolate_pos_embed(source.pos_embed, 12, offset))
 
 
 def test_mae_files_leave_their_decoder(tmp_path):
