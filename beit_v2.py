@@ -408,7 +408,10 @@ def train_tokenizer(args):
                                   fused="mps" not in args.device)
     scaler = data.make_scaler(args)
     start = data.load_checkpoint(args, model=model, optimizer=optimizer, scaler=scaler)
-    data.describe(args, model, loader, "1.0 (features that know nothing of the teacher's)")
+    some = F.normalize(torch.cat([teacher(part) for part in data.some_images(
+        args, val_set, 500, whole).split(100)]).flatten(0, 1), dim=1)
+    same = 1 - some.mean(0).norm().item()                       # 1 - cosine to the mean direction
+    data.describe(args, model, loader, f"{same:.3f} for rec (one and the same feature everywhere)")
     log = data.Log(args, loader, start)
 
     def evaluate(step):

@@ -490,7 +490,7 @@ LAYOUTS = {  # official files: a tensor that tells which, the encoder's prefix, 
     "VQ-KD": ("quantize.embedding.weight", "encoder.",
               r"(decoder|encode_task_layer|decode_task_layer|quantize|teacher|scaling|loss)"),
     "CAE": ("encoder.patch_embed.proj.weight", "encoder.",
-            r"(mask_token|rd_pos_embed|pretext_neck|regresser|decoder|encoder_to_|teacher|alignment_encoder)"),
+            r"(mask_token|rd_pos_embed|pretext_neck|regresser|decoder|encoder_to_|teacher|alignment_enc)"),
     "DINO": ("backbone.patch_embed.proj.weight", "backbone.", r"head\.(mlp|last_layer)"),  # and iBOT
     "BEiT": ("lm_head.weight", "", r"(mask_token|lm_head|cls_pt_)"),                        # and BEiT v2
     "MAE": ("mask_token", "", r"(mask_token|decoder_)"),

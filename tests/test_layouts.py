@@ -1,4 +1,4 @@
-"""Official files in, our weights out: every layout by its full names, the official numbers through the loaders,
+"""Official files in, our weights out: every layout by its full names, official numbers through the loaders,
 refusals, and timm's own classes as the reader of what we write (skipped where timm is not installed)."""
 import argparse
 import json
@@ -86,7 +86,8 @@ def test_encoder_of_every_layout(tmp_path, layout):
     assert {name: config[name] for name in wanted} == wanted and mean == data.IMAGENET_STATS[0]
     model = meta_load(lambda: ViT(**config), lambda model: vit.load_weights(model, state, path))
     assert set(state) - set(model.state_dict()) <= {"head.weight", "head.bias"}
-    meta_load(lambda: ViT(**config | {"pool": "mean", "num_classes": 10, "img_size": config["img_size"] // 2}),
+    changed = config | {"pool": "mean", "num_classes": 10, "img_size": config["img_size"] // 2}
+    meta_load(lambda: ViT(**changed),
               lambda model: vit.load_weights(model, state, path))
 
 
@@ -122,7 +123,7 @@ METHODS = {  # layout: model of the flags of the official run, what the script g
 @pytest.mark.parametrize("layout", METHODS)
 def test_whole_model_of_every_layout(tmp_path, monkeypatch, layout):
     """Decoders, heads and branches of the official files fit our models of the same flags, name by name."""
-    monkeypatch.setattr(torch, "allclose", lambda *args, **options: True)       # positions have no values here
+    monkeypatch.setattr(torch, "allclose", lambda *args, **options: True)   # positions have no values
     model_of, names, fixed = METHODS[layout]
     state = synthetic(layout)
     path = written(tmp_path / "file.pth", {"model": state, "args": FLAGS})
@@ -238,12 +239,13 @@ def test_cae_numbers(tmp_path, golden, close):
 
 
 def test_ibot_numbers_and_dino_positions(tmp_path, golden, close, monkeypatch):
-    """Tokens of the official backbone, also of smaller crops, whose positions DINO interpolates its own way."""
+    """Tokens of the official backbone, also of smaller crops, with DINO's interpolation of positions."""
     monkeypatch.setitem(SIZES, "golden", dict(embed_dim=48, depth=3, num_heads=3))
     arrays, weights = golden("ibot"), golden("ibot", "w/")
     backbone = {f"module.backbone.{name}": v for name, v in weights.items()}
     head = {"module.head.last_layer.weight_g": torch.ones(4, 1)}
-    for content in ({"state_dict": weights}, {"student": backbone, "teacher": backbone | head, "args": FLAGS}):
+    for content in ({"state_dict": weights},
+                    {"student": backbone, "teacher": backbone | head, "args": FLAGS}):
         content = {key: {n: v for n, v in part.items() if key == "state_dict" or "masked" not in n}
                    if isinstance(part, dict) else part for key, part in content.items()}
         path = written(tmp_path / "ibot.pth", content)
@@ -288,7 +290,7 @@ def pickled(path, part, monkeypatch):
 
 
 def test_dalle_pickles(tmp_path, monkeypatch, capsys):
-    """encoder.pkl and decoder.pkl become a dVAE of any grid; the package they name is neither there nor run."""
+    """encoder.pkl and decoder.pkl become a dVAE of any grid, without the package that they name."""
     torch.manual_seed(0)
     source = dvae.DVAE(grid=4, stride=8, n_hid=64, vocab=32).eval()
     for name, part in (("encoder", source.encoder), ("decoder", source.decoder)):
@@ -353,7 +355,7 @@ class SlowCLIP(nn.Module):
         return self.ln_post(x) @ self.proj
 
 
-@pytest.mark.filterwarnings("ignore")                           # TorchScript is deprecated; OpenAI's file is one
+@pytest.mark.filterwarnings("ignore")                           # TorchScript is deprecated
 @pytest.mark.parametrize("archive", (True, False))
 def test_clip_as_teacher(tmp_path, close, archive):
     """From a TorchScript archive or a state dict; patch features after norm and projection, CLIP's pixels."""

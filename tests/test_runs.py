@@ -733,6 +733,7 @@ def until_setup(command, ranks="1"):
     with guarded() as patch, pytest.raises(PowerCut) as reached:
         patch.setenv("WORLD_SIZE", ranks)
         patch.setattr(data, "setup", setup)
+        patch.setattr(vit, "export", lambda *names: setup(None))
         main_of(command, patch)
     return reached.value.args[0]
 
@@ -923,7 +924,7 @@ def test_every_script_end_to_end(tmp_path):
     save_rows, curves = data.save_rows, data.curves
     short = "--max_steps 2 --label_fraction 0.1"
     more = {"dvae": {"000000.png", "codebook.png"}, "ibot": {"000000.png", "vocabulary.png"},
-            "vqkd": {"words.png"}}
+            "vqkd": {"words.png", "usage.png"}}
     for name, command in METHODS.items():
         run(f"{command} --max_steps 2 --output_dir {name}", prepare)
         model = "tokenizer.pt" if name in ("dvae", "vqkd") else "encoder.pt"
@@ -950,6 +951,26 @@ def test_every_script_end_to_end(tmp_path):
         assert json.loads(Path(name, "encoder-linear-shapes/result.json").read_text())["best"] >= 0
     run("data.py --data shapes --output_dir shown", prepare)
     assert os.listdir("shown/pictures") == ["views.png"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_init_starts_from_the_weights_of_a_file(name, whole):
+    """--init with the last.pt (dVAE: tokenizer.pt) of a run: step 0 of the new run has that run's weights."""
+    file = "tokenizer.pt" if name == "dvae" else "last.pt"
+    run(f"{METHODS[name]} --lr 1e-9 --epochs 60 --init {whole[name]}/{file} --max_steps 1 --output_dir new")
+    old, new = (read(folder / file)["model"] for folder in (whole[name], Path("new")))
+    assert all(torch.allclose(old[k], new[k], atol=1e-4) for k in old if k != "quantizer.codebook")
+
+
+def test_init_and_export_in_words(whole, capsys):
+    """--export writes what it says; --init without its stage, with a wrong file, --export without a file."""
+    run(f"vit.py --init {whole['mae']}/encoder.pt --export plain.pt")
+    assert read("plain.pt").keys() == read(whole["mae"] / "encoder.pt")["model"].keys()
+    assert "timm.models.VisionTransformer(img_size=8, patch_size=4" in capsys.readouterr().out
+    assert "give --init FILE" in sentence("vit.py --export plain.pt", capsys)
+    assert "--stage" in sentence(f"beit_v2.py {TINY} --init last.pt", capsys)
+    wrong = f"{BEIT} --init {whole['mae']}/encoder.pt --output_dir new"
+    assert "is missing there" in sentence(wrong, capsys)
 
 
 def commands(text, fenced):
