@@ -511,10 +511,11 @@ def official_state(content):
                if torch.is_tensor(value)}
     state = {}
     for name, value in content.items():
-        if re.search(r"\battn\.v_bias$|relative_position_index$", name):
+        q_name, v_name = (re.sub(r"\battn\.[qv]_bias$", f"attn.{x}_bias", name) for x in "qv")
+        if name.endswith("relative_position_index") or q_name != name and q_name in content:
             continue
-        if re.search(r"\battn\.q_bias$", name):
-            value = torch.cat([value, torch.zeros_like(value), content[name.replace("q_bias", "v_bias")]])
+        if v_name != name and v_name in content:                # this is q_bias
+            value = torch.cat([value, torch.zeros_like(value), content[v_name]])
             name = name.replace("q_bias", "qkv.bias")
         name = re.sub(r"attn\.(relative_position_bias_table)$", r"rel_pos_bias.\1", name)
         state[re.sub(r"\bls([12])\.gamma$", r"gamma_\1", name)] = value                    # timm's
@@ -532,6 +533,8 @@ def read_encoder(path):
     content = data.load_file(path)
     if "config" in content and "mean" in content:
         return content["model"], content["config"], content["mean"], content["std"]
+    if content.keys() & {"step", "method"}:                     # ours, too, but with more than an encoder
+        data.stop(f"{path} is no encoder: give the encoder.pt of that run")
     everything = official_state(content)
     layout = next((name for name, (tell, _, _) in LAYOUTS.items() if tell in everything), "ViT")
     _, prefix, rest = LAYOUTS[layout]
@@ -619,10 +622,10 @@ def load_init(model, path, names, fixed=(), pos_offset=0.0):
     content, wanted = data.load_file(path), model.state_dict()
     state = dict(content["model"] if "step" in content else names(content))
     for name, value in state.items():
-        if name in fixed and value.shape == wanted[name].shape and not torch.allclose(value, wanted[name],
-                                                                                      atol=1e-4):
-            data.stop(f"{path} has other positions {name} than the fixed ones of this method")
-        if name in wanted and value.shape != wanted[name].shape:
+        if name in wanted and value.shape == wanted[name].shape:
+            if name in fixed and not torch.allclose(value.to(wanted[name].device), wanted[name], atol=1e-4):
+                data.stop(f"{path} has other positions {name} than the fixed ones of this method")
+        elif name in wanted:
             if name.endswith("pos_embed"):
                 grid = math.isqrt(wanted[name].shape[1] - 1)
                 state[name] = interpolate_pos_embed(value, grid, pos_offset)
@@ -668,7 +671,7 @@ def export(path, name):
     kind = "VisionTransformer" if rel_pos == "none" else "Beit"
     print(f"{name} holds {len(result)} tensors; with timm:\n"
           f"    model = timm.models.{kind}({', '.join(f'{k}={v!r}' for k, v in options.items())})\n"
-          f"    model.load_state_dict(torch.load({name!r}))", flush=True)
+          f"    model.load_state_dict(torch.load({str(name)!r}))", flush=True)
 
 
 def build(args, num_classes, pool):

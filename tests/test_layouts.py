@@ -392,6 +392,8 @@ def test_clip_names(tmp_path):
     ("timm", {"pos_embed": (1, 198, 768), "dist_token": (1, 1, 768)}, "distilled"),
     ("timm", {"pos_embed": None}, "neither pos_embed"),
     ("timm", {"norm.weight": None, "norm.bias": None}, "norm.bias"),
+    ("beit pretrain", {"blocks.3.attn.v_bias": None}, "blocks.3.attn.q_bias"),
+    ("beit pretrain", {"blocks.3.attn.q_bias": None}, "blocks.3.attn.qkv.bias"),
     ("beit pretrain", {"patch_embed.proj.weight": None}, "patch_embed.proj.weight")))
 def test_files_that_are_not_what_they_seem(tmp_path, capsys, layout, change, named):
     state = {n: v for n, v in synthetic(layout).items() if change.get(n, 0) is not None}
