@@ -371,7 +371,7 @@ def tokenizer_pictures(model, teacher, imgs, counts, folder, step):
     for k in counts.argsort(descending=True)[:10].tolist():
         members = (ids.flatten() == k).nonzero()[:, 0]
         picked = members[torch.linspace(0, len(members) - 1, min(12, len(members))).long()]
-        rows[f"{counts[k] / counts.sum():.1%} of all"] = around[picked]
+        rows[f"code {k},\n{counts[k] / counts.sum():.1%} of all"] = around[picked]
     data.save_rows(folder / "words.png", {label: row for label, row in rows.items() if len(row)},
                    f"patches (the middle third) of the commonest codes; {(counts > 0).sum()} of "
                    f"{len(counts)} codes are used")

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
 from beit import BEiT, draw_masks  # noqa: E402
+from beit_v2 import VQKD, BEiTv2  # noqa: E402
 from cae import CAE  # noqa: E402
 from dvae import DVAE  # noqa: E402
 from ibot import IBOT, Head, Network, draw_masks as ibot_masks, most_hidden  # noqa: E402
@@ -48,6 +49,8 @@ TABLE = (  # what runs without flags
     "--method mae --model tiny --img_size 32 --patch_size 4 --batch_size 256",
     "--method beit --model base --img_size 224 --patch_size 16 --batch_size 8",
     "--method beit --model tiny --img_size 32 --patch_size 4 --batch_size 256",
+    "--method beit_v2 --model base --img_size 224 --patch_size 16 --batch_size 8",
+    "--method vqkd --model base --img_size 224 --patch_size 16 --batch_size 4",
     "--method cae --model base --img_size 224 --patch_size 16 --batch_size 8",
     "--method ibot --model small --img_size 224 --patch_size 16 --batch_size 2",
     "--method dvae --model tiny --img_size 32 --patch_size 4 --batch_size 64",
@@ -84,6 +87,32 @@ def beit(args):
     codes = torch.randint(vocab, (args.batch_size, grid ** 2), device=args.device)
     mask = draw_masks("block", args.batch_size, grid, num_masked, min_block, args.device)
     return model, param_groups(model, 0.05), lambda net, imgs: net(imgs, codes, mask)[0]
+
+
+def beit_v2(args):
+    """The student's step alone, with the class token's branch: random codes, no tokenizer."""
+    large, grid = args.img_size > 64, args.img_size // args.patch_size
+    vocab, num_masked, min_block = (8192, 75, 16) if large else (1024, 26, 4)
+    encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="none", rel_pos="shared",
+                  layer_scale=0.1)
+    model = BEiTv2(encoder, vocab, num_masked, encoder.config["depth"] * 3 // 4)
+    codes = torch.randint(vocab, (args.batch_size, grid ** 2), device=args.device)
+    mask = data.blockwise_mask(args.batch_size, grid, num_masked, min_block, device=args.device)
+    return model, param_groups(model, 0.05), lambda net, imgs: net(imgs, codes, mask)[0]
+
+
+def vqkd(args):
+    """The tokenizer's step: quantizer and its update included, random features in the teacher's place."""
+    large, grid = args.img_size > 64, args.img_size // args.patch_size
+    encoder, width = ViT(args.img_size, args.patch_size, **SIZES[args.model]), SIZES[args.model]["embed_dim"]
+    model = VQKD(encoder, *((8192, 32, 3) if large else (1024, 16, 1)), teacher_dim=width)
+    target = torch.randn(args.batch_size, grid ** 2, width, device=args.device)
+
+    def loss_of(net, imgs):
+        loss, _, _, moments, _ = net(imgs, target)
+        model.quantizer.update(*moments)
+        return loss
+    return model, param_groups(model, 1e-4), loss_of
 
 
 def dvae(args):
@@ -127,7 +156,8 @@ def ibot(args):
     return model, param_groups(model, 0.04, no_decay=()), loss_of
 
 
-METHODS = {"beit": beit, "cae": cae, "dvae": dvae, "ibot": ibot, "mae": mae, "vit": vit}
+METHODS = {"beit": beit, "beit_v2": beit_v2, "cae": cae, "dvae": dvae, "ibot": ibot, "mae": mae, "vit": vit,
+           "vqkd": vqkd}
 
 
 # ---- measuring ----
