@@ -331,7 +331,8 @@ def pictures(model, imgs, source, folder, step):
         members, best = (prototype == k).nonzero()[:, 0], {}    # the surest patch of each image
         for i in members[sure[members].argsort(descending=True)].tolist():
             best.setdefault(i // g ** 2, i)
-        rows[f"prototype {k},\n{len(members)} patches"] = data.to_pixels(around[list(best.values())[:12]], source)
+        label = f"prototype {k},\n{len(members)} patches"
+        rows[label] = data.to_pixels(around[list(best.values())[:12]], source)
     data.save_rows(folder / "vocabulary.png", rows, "patches (the middle third) of the commonest prototypes")
 
 
