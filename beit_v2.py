@@ -123,9 +123,10 @@ class Quantizer(nn.Module):
         self.register_buffer("hits", torch.zeros(num_codes))    # since the last restart
 
     def nearest(self, z):
-        """(..., E) -> unit vectors u (..., E), numbers of their codes (...); float32"""
-        u = F.normalize(z.float(), dim=-1)
-        return u, (u @ self.codebook.T).argmax(-1)
+        """(..., E) -> unit vectors u (..., E), numbers of their codes (...); float32 under any autocast"""
+        with torch.autocast(z.device.type, enabled=False):
+            u = F.normalize(z.float(), dim=-1)
+            return u, (u @ self.codebook.T).argmax(-1)
 
     def forward(self, z):
         """(n, E) -> q (n, E) with the gradient of u, numbers (n,), commitment loss, what `update` needs"""
@@ -156,8 +157,9 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def start(self, z):
         """k-means on the vectors z (n, E) of all ranks gives the first codes."""
-        self.codebook.copy_(from_first_rank(
-            spherical_kmeans(from_all_ranks(F.normalize(z.float(), dim=1)), len(self.codebook))))
+        with torch.autocast(z.device.type, enabled=False):
+            self.codebook.copy_(from_first_rank(
+                spherical_kmeans(from_all_ranks(F.normalize(z.float(), dim=1)), len(self.codebook))))
 
 
 def spherical_kmeans(u, num_codes, iterations=10):
@@ -647,9 +649,9 @@ def pretrain(args):
         total, logs = 0, {}
         for (imgs, pixels), _ in batch:                         # the labels are never used
             mask = data.blockwise_mask(len(imgs), grid, args.num_masked, args.min_block, device=device)
-            with torch.no_grad():                               # in float32
-                codes = tokenizer.tokens(pixels)
-            with data.autocast(args):
+            with data.autocast(args):                           # the quantizer stays in float32
+                with torch.no_grad():
+                    codes = tokenizer.tokens(pixels)
                 loss, values = net(imgs, codes, mask)
             scaler.scale(loss / args.accum_steps).backward()
             total = total + loss.detach() / args.accum_steps

@@ -161,6 +161,14 @@ def test_quantizer_is_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, rec, commit, (sums, counts), z = model(torch.randn(2, 3, 32, 32), torch.randn(2, 64, 20))
     assert {t.dtype for t in (loss, rec, commit, sums, counts, z)} == {torch.float32}
+    quantizer, z = beit_v2.Quantizer(4096, 16), torch.randn(2000, 16)
+    wanted = quantizer.nearest(z)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantizer.nearest(z)[1], wanted)     # distances, too: bfloat16 moves 3% of them
+        torch.manual_seed(0)
+        quantizer.start(z)
+    torch.manual_seed(0)
+    assert torch.equal(quantizer.codebook, beit_v2.spherical_kmeans(F.normalize(z, dim=1), 4096))
 
 
 def teacher_file(path, **options):
@@ -297,7 +305,7 @@ def test_tokenizer_file(tmp_path):
 
 @pytest.mark.parametrize("flags, words", (
     ("--stage tokenizer", "there is no teacher out/ibot-shapes/encoder.pt: train one with python ibot.py"),
-    ("--stage tokenizer --teacher other.pt", "other.pt is no Vision Transformer"),
+    ("--stage tokenizer --teacher other.pt", "other.pt is no encoder"),
     ("--stage tokenizer --teacher relative.pt", "has 4 x 4 patches and relative positions"),
     ("--stage pretrain", "there is no file out/beit_v2-tokenizer-shapes/tokenizer.pt"),
     ("--stage pretrain --tokenizer other.pt", "other.pt is no tokenizer of beit_v2.py: train one with"),
