@@ -56,6 +56,7 @@ SHARED = {
     "init":            "",
     "export":          "",
     "half_stats":      False,
+    "num_heads":       0,
     "label_fraction":  1.0,
     "pool":            "mean",
     "pos":             "learned",
@@ -127,6 +128,7 @@ FLAGS = {
             "encoder.pt of any method, or a file of MAE, DINO, iBOT, BEiT, BEiT v2, CAE, DeiT or timm",
     "export": "write the encoder of --init FILE to this file, under timm's names, and do nothing else",
     "half_stats": "--init FILE knows pixels of mean and std 0.5 (timm's ViTs by Google), not ImageNet's",
+    "num_heads": "attention heads of --init FILE, if it is of none of the sizes of --model; 0: known",
     "label_fraction": "share of the training labels to use, the same of every class",
     "pool": ("what the classifier reads: the class token after `norm`, "
              "or the mean of the patches and `fc_norm`", ("cls", "mean")),
@@ -522,10 +524,11 @@ def official_state(content):
     return state
 
 
-def read_encoder(path):
+def read_encoder(path, num_heads=0):
     """Read an encoder: our encoder.pt, or a file of MAE, DINO, iBOT, BEiT (v2), VQ-KD, CAE, DeiT or timm.
 
     -> state dict under our names, ViT arguments, mean and std of its pixels (ImageNet's in official files)
+    num_heads: no tensor tells it; it need be given for a width and depth that are not in SIZES.
 
     Raises: exits with one sentence if the file is damaged, of no known layout, or holds tensors that files of
     its layout do not have; `load_weights` looks at the encoder's own.
@@ -546,22 +549,22 @@ def read_encoder(path):
             data.stop(f"{path} looks like a file of {layout}, but such files have no {name}")
     if layout == "VQ-KD":                                       # applied to the tokens, not to their mean
         state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
-    config = infer_config(path, state)
+    config = infer_config(path, state, num_heads)
     flat = "cls_token" in content and "head.weight" not in state
     if layout == "DINO" or layout == "ViT" and ("state_dict" in content or flat):
         config["pos_offset"] = 0.1                              # files of DINO's and iBOT's backbones
     return state, config, *data.IMAGENET_STATS
 
 
-def infer_config(path, state):
+def infer_config(path, state, num_heads=0):
     """The arguments of the ViT to which a state dict of official origin belongs"""
     for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.bias"):
         if name not in state:
             data.stop(f"{path} is no Vision Transformer that is known here: it has no {name}")
     embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    heads = [size["num_heads"] for size in SIZES.values()
-             if (size["embed_dim"], size["depth"]) == (embed_dim, depth)]
+    heads = [num_heads] if num_heads else [size["num_heads"] for size in SIZES.values()
+                                           if (size["embed_dim"], size["depth"]) == (embed_dim, depth)]
     tables = {name: table for name, table in state.items() if name.endswith("relative_position_bias_table")}
     for table in tables.values():
         heads, grid = [table.shape[1]], (math.isqrt(len(table) - 3) + 1) // 2
@@ -574,9 +577,10 @@ def infer_config(path, state):
         data.stop(f"{path} is no Vision Transformer that is known here: it has neither pos_embed nor a "
                   f"relative_position_bias_table")
     if not heads:
-        data.stop(f"{path} is {embed_dim} wide and {depth} deep: its number of heads is not known; "
-                  "known sizes: " + ", ".join(f"{name} {s['embed_dim']} x {s['depth']}"
-                                              for name, s in SIZES.items()))
+        data.stop(f"{path} is {embed_dim} wide and {depth} deep, which is no size of --model: give its "
+                  f"--num_heads")
+    if embed_dim % heads[0]:
+        data.stop(f"{path} is {embed_dim} wide: that does not divide into --num_heads {heads[0]}")
     return {"embed_dim": embed_dim, "depth": depth, "num_heads": heads[0], "patch_size": patch_size,
             "img_size": grid * patch_size, "qkv_bias": "blocks.0.attn.qkv.bias" in state,
             "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / embed_dim,
@@ -638,13 +642,13 @@ def load_init(model, path, names, fixed=(), pos_offset=0.0):
         print(f"starting from {path}", flush=True)
 
 
-def export(path, name):
+def export(path, name, num_heads=0):
     """Write the encoder of a file as a plain state dict under timm's names, and print what loads it.
 
     With relative positions they are those of timm.models.Beit, else of timm.models.VisionTransformer. Raises:
     exits with one sentence if timm has no such model (--stem conv).
     """
-    state, config, _, _ = read_encoder(path)
+    state, config, _, _ = read_encoder(path, num_heads)
     if config.get("stem", "patch") != "patch":
         data.stop(f"{path} has a convolutional stem: timm's Vision Transformer has none")
     rel_pos, result = config.get("rel_pos", "none"), {}
@@ -681,7 +685,7 @@ def build(args, num_classes, pool):
         options |= SIZES[args.model] | dict(pos=args.pos, rel_pos=args.rel_pos,
                                             layer_scale=args.layer_scale, stem=args.stem)
         return ViT(**options, patch_size=args.patch_size, drop_path=getattr(args, "drop_path", 0.0)), None
-    state, config, mean, std = read_encoder(args.init)
+    state, config, mean, std = read_encoder(args.init, args.num_heads)
     if args.half_stats:
         mean, std = (0.5,) * 3, (0.5,) * 3
     args.patch_size = config["patch_size"]
@@ -1033,7 +1037,8 @@ def main():
     flags = {name: text for name, text in FLAGS.items() if name in RECIPES[mode]}
     args = data.parse_args(__doc__, RECIPES[mode], flags, folder)
     if args.export:
-        export(init or data.stop("--export needs the encoder to write: give --init FILE"), args.export)
+        export(init or data.stop("--export needs the encoder to write: give --init FILE"), args.export,
+               args.num_heads)
         return
     if mode == "finetune" and not init:
         data.stop("--mode finetune needs --init FILE; from scratch is --mode train")

@@ -157,18 +157,17 @@ def test_whole_ibot(tmp_path, separate):
 # ---- the official numbers, through the loaders ----
 
 
-def test_mae_numbers(tmp_path, golden, close, monkeypatch):
+def test_mae_numbers(tmp_path, golden, close):
     """The encoder by itself, and encoder and decoder, from a file of the official layout."""
-    monkeypatch.setitem(SIZES, "golden", dict(embed_dim=48, depth=3, num_heads=3))
     arrays = golden("mae")
     positions = {"pos_embed": vit.sincos_pos_embed(48, 8), "decoder_pos_embed": vit.sincos_pos_embed(32, 8)}
     path = written(tmp_path / "mae.pth", {"model": golden("mae", "w/") | positions, "args": FLAGS})
-    model = mae.MAE(ViT(32, 4, **SIZES["golden"], pos="sincos"), 32, 2, 2)
+    model = mae.MAE(ViT(32, 4, 48, 3, 3, pos="sincos"), 32, 2, 2)
     vit.load_init(model, path, mae.official_names, ("encoder.pos_embed", "decoder_pos_embed"))
     latent, _, ids_restore = model.forward_encoder(arrays["images"], arrays["noise"])
     close(latent[0], arrays["latent_0"])
     close(model.forward_decoder(latent, ids_restore)[0], arrays["pred_0"])
-    state, config, _, _ = vit.read_encoder(path)
+    state, config, _, _ = vit.read_encoder(path, num_heads=3)
     alone = ViT(**config)
     vit.load_weights(alone, state, path)
     assert torch.equal(alone.forward_features(arrays["images"]),
@@ -238,9 +237,8 @@ def test_cae_numbers(tmp_path, golden, close):
     assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), model.teacher.parameters()))
 
 
-def test_ibot_numbers_and_dino_positions(tmp_path, golden, close, monkeypatch):
+def test_ibot_numbers_and_dino_positions(tmp_path, golden, close):
     """Tokens of the official backbone, also of smaller crops, with DINO's interpolation of positions."""
-    monkeypatch.setitem(SIZES, "golden", dict(embed_dim=48, depth=3, num_heads=3))
     arrays, weights = golden("ibot"), golden("ibot", "w/")
     backbone = {f"module.backbone.{name}": v for name, v in weights.items()}
     head = {"module.head.last_layer.weight_g": torch.ones(4, 1)}
@@ -249,7 +247,7 @@ def test_ibot_numbers_and_dino_positions(tmp_path, golden, close, monkeypatch):
         content = {key: {n: v for n, v in part.items() if key == "state_dict" or "masked" not in n}
                    if isinstance(part, dict) else part for key, part in content.items()}
         path = written(tmp_path / "ibot.pth", content)
-        state, config, _, _ = vit.read_encoder(path)
+        state, config, _, _ = vit.read_encoder(path, num_heads=3)
         model = ViT(**config)
         vit.load_weights(model, state, path)
         close(model.forward_features(arrays["images"]), arrays["tokens_plain"])
@@ -391,6 +389,7 @@ def test_clip_names(tmp_path):
     ("mae full", {"encoder_extra": (1,)}, "encoder_extra"),
     ("timm", {"pos_embed": (1, 198, 768), "dist_token": (1, 1, 768)}, "distilled"),
     ("timm", {"pos_embed": None}, "neither pos_embed"),
+    ("timm", {n.replace("0-11", "11"): None for n in LAYOUTS["timm"] if "0-11" in n}, "--num_heads"),
     ("timm", {"norm.weight": None, "norm.bias": None}, "norm.bias"),
     ("beit pretrain", {"blocks.3.attn.v_bias": None}, "blocks.3.attn.q_bias"),
     ("beit pretrain", {"blocks.3.attn.q_bias": None}, "blocks.3.attn.qkv.bias"),
