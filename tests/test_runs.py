@@ -973,6 +973,26 @@ def test_init_and_export_in_words(whole, capsys):
     assert "is missing there" in sentence(wrong, capsys)
 
 
+@pytest.mark.parametrize("name, kind", (("beit", "BEiT"), ("cae", "CAE"), ("beit_v2", "BEiTv2")))
+def test_masks_and_weight_decay_of_the_flags_reach_the_model(name, kind, monkeypatch):
+    """In every step num_masked patches of each image are hidden, and the matrices decay."""
+    module, hidden, groups = importlib.import_module(name), [], []
+    forward, param_groups = getattr(module, kind).forward, module.param_groups
+
+    def watched(model, imgs, target, mask):
+        hidden.append(mask.sum(1))
+        return forward(model, imgs, target, mask)
+
+    def kept(*args, **options):
+        groups.extend(param_groups(*args, **options))
+        return groups
+    monkeypatch.setattr(getattr(module, kind), "forward", watched)
+    monkeypatch.setattr(module, "param_groups", kept)
+    run(f"{METHODS[name]} --num_masked 1 --weight_decay 0.3 --max_steps 2 --output_dir new")
+    assert len(hidden) == 2 and (torch.cat(hidden) == 1).all()
+    assert {group["weight_decay"] for group in groups if group["params"][0].ndim > 1} >= {0.3}
+
+
 def commands(text, fenced):
     """Command lines of fenced blocks or of a docstring: no comments, continued lines joined."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) if fenced else [text]
