@@ -53,12 +53,12 @@ SHARED = {
 }
 RECIPES = {
     "tokenizer": SHARED | {
-        "epochs":          (8, {"tiny": 100, "micro": 6}, 100, 100, 100),
+        "epochs":          (8, {"tiny": 100, "micro": 2}, 100, 100, 100),
         "batch_size":      (64, {"tiny": 512, "micro": 128}, 512, 512, 512),
-        "blr":             (2e-3, {"tiny": 1e-4, "micro": 1e-3}, 1e-4, 1e-4, 1e-4),
-        "warmup_epochs":   (0.5, {"tiny": 10.0, "micro": 0.5}, 10.0, 10.0, 10.0),
+        "blr":             (2e-3, {"tiny": 1e-4, "micro": 3e-3}, 1e-4, 1e-4, 1e-4),
+        "warmup_epochs":   (0.5, {"tiny": 10.0, "micro": 0.3}, 10.0, 10.0, 10.0),
         "weight_decay":    1e-4,
-        "eval_every":      (4, {"tiny": 20, "micro": 6}, 20, 20, 20),
+        "eval_every":      (4, {"tiny": 20, "micro": 1}, 20, 20, 20),
         "teacher":         "",
         "num_codes":       {"tiny": 1024, "micro": 512, "base": 8192},
         "code_dim":        (16, 16, 16, 16, 32),
@@ -69,14 +69,14 @@ RECIPES = {
         "crop_scale":      (0.4, 0.4, 0.4, 0.4, 0.08),
     },
     "pretrain": SHARED | {                             # 1600 epochs: --beta2 0.999 --drop_path 0.1
-        "epochs":          (12, {"tiny": 300, "micro": 9}, 300, 300, 300),
+        "epochs":          (12, {"tiny": 300, "micro": 7}, 300, 300, 300),
         "batch_size":      (64, {"tiny": 512, "micro": 128}, 512, 512, 2048),
         "lr":              1.5e-3,
         "warmup_epochs":   (1.0, {"tiny": 10.0, "micro": 1.0}, 10.0, 10.0, 10.0),
         "weight_decay":    0.05,
         "beta2":           0.98,
         "clip_grad":       3.0,
-        "eval_every":      (6, {"tiny": 50, "micro": 9}, 50, 50, 50),
+        "eval_every":      (6, {"tiny": 50, "micro": 7}, 50, 50, 50),
         "num_masked":      (26, 26, 26, 26, 75),
         "min_block":       (4, 4, 4, 4, 16),
         "early_layer":     {"tiny": 9, "micro": 4, "large": 21},
