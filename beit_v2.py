@@ -457,7 +457,7 @@ def train_tokenizer(args):
             data.save_checkpoint(args, step + 1, model=model, optimizer=optimizer, scaler=scaler)
         if log.interrupted:
             break
-    log.finish()
+    log.finish(more=args.more)
 
 
 def save_tokenizer(args, model):
@@ -693,9 +693,13 @@ def main():
         folder = "out/beit_v2-tokenizer" if stage == "tokenizer" else "out/beit_v2"
         begun = Path(f"{folder}-{Path(data.peek('data', 'cifar10')).name}", "last.pt").exists()
         sys.argv = typed + ["--resume"] * (len(stages) == 2 and begun)  # a second start goes on
-        flags = {name: text for name, text in FLAGS.items() if name in RECIPES[stage]}
-        args = data.parse_args(__doc__, RECIPES[stage], flags, folder)
+        recipe = RECIPES[stage]
+        if len(stages) == 2:                                    # the flags of both are typed together
+            recipe = RECIPES["tokenizer"] | RECIPES["pretrain"] | recipe
+        flags = {name: text for name, text in FLAGS.items() if name in recipe}
+        args = data.parse_args(__doc__, recipe, flags, folder)
         args.stage = args.flags["stage"] = stage
+        args.more = stage != stages[-1]
         work(args)
 
 

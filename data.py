@@ -1369,8 +1369,11 @@ class Log:
     def saves(self, step):
         return self.interrupted or self.every(self.args.save_every, step)
 
-    def finish(self):
-        """Draw the curves and say where everything is; after a signal, leave with its exit status."""
+    def finish(self, more=False):
+        """Draw the curves and say where everything is; after a signal, leave with its exit status.
+
+        more: another stage follows in this process, and the ranks stay together for it.
+        """
         if rank() == 0:
             curves(self.path)
         if self.interrupted:
@@ -1381,7 +1384,7 @@ class Log:
             print(f"finished in {clock(self.before + time.perf_counter() - self.began)}: "
                   f"see {self.args.output_dir}/ for "
                   f"{', '.join(sorted(p.name for p in self.path.parent.iterdir()))}", flush=True)
-        if world_size() > 1:
+        if world_size() > 1 and not more:
             dist.destroy_process_group()
 
 

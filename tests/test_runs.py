@@ -473,6 +473,19 @@ def test_two_processes_keep_one_student_one_teacher_and_the_same_centres(tmp_pat
     assert same(a, b) and a["centre"].abs().max() > 0 and a["patch_centre"].abs().max() > 0
 
 
+def test_beit_v2_runs_both_stages_in_one_command(tmp_path):
+    """Flags of either stage may be typed; the second reads the first's tokenizer; a second start goes on."""
+    command = (f"beit_v2.py {TINY} --teacher out/ibot-shapes/encoder.pt --num_codes 16 --code_dim 4 "
+               f"--num_masked 2 --min_block 1 --early_layer 1 --max_steps")
+    shutil.rmtree("out/beit_v2-tokenizer-shapes")
+    for steps in (2, 3):
+        done = spawn(f"{command} {steps}", ranks=2)
+        assert done.returncode == 0, done.stderr
+        for folder in ("out/beit_v2-tokenizer-shapes", "out/beit_v2-shapes"):
+            assert max(losses(folder)) == steps
+            assert same(read(f"{folder}/model.0"), read(f"{folder}/model.1"))
+
+
 def test_accumulation_equals_one_large_batch(tmp_path):
     """--accum_steps 4 gives the losses and the weights of the undivided batch."""
     run(f"{SURE} --output_dir one")
