@@ -509,18 +509,16 @@ def official_state(content):
     for key in ("teacher", "model", "module", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    content = {name.removeprefix("module."): value.float() for name, value in content.items()
-               if torch.is_tensor(value)}
     state = {}
     for name, value in content.items():
-        q_name, v_name = (re.sub(r"\battn\.[qv]_bias$", f"attn.{x}_bias", name) for x in "qv")
-        if name.endswith("relative_position_index") or q_name != name and q_name in content:
-            continue
-        if v_name != name and v_name in content:                # this is q_bias
-            value = torch.cat([value, torch.zeros_like(value), content[v_name]])
-            name = name.replace("q_bias", "qkv.bias")
-        name = re.sub(r"attn\.(relative_position_bias_table)$", r"rel_pos_bias.\1", name)
-        state[re.sub(r"\bls([12])\.gamma$", r"gamma_\1", name)] = value                    # timm's
+        if torch.is_tensor(value) and not name.endswith("relative_position_index"):
+            name = re.sub(r"attn\.(relative_position_bias_table)$", r"rel_pos_bias.\1", name)
+            name = re.sub(r"\bls([12])\.gamma$", r"gamma_\1", name)                        # timm's
+            state[name.removeprefix("module.")] = value.float()
+    for name in [name for name in state if re.search(r"\battn\.q_bias$", name)]:
+        if name.replace("q_bias", "v_bias") in state:
+            q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"))
+            state[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
     return state
 
 
@@ -541,11 +539,10 @@ def read_encoder(path, num_heads=0):
     everything = official_state(content)
     layout = next((name for name, (tell, _, _) in LAYOUTS.items() if tell in everything), "ViT")
     _, prefix, rest = LAYOUTS[layout]
-    state = {}
-    for name, value in everything.items():
-        if name.startswith(prefix) and not (prefix == "" and re.match(rest, name)):
-            state[name.removeprefix(prefix)] = value
-        elif not re.match(rest, name):
+    state = {name.removeprefix(prefix): value for name, value in everything.items()
+             if name.startswith(prefix) and not re.match(rest, name)}
+    for name in everything:
+        if not name.startswith(prefix) and not re.match(rest, name):
             data.stop(f"{path} looks like a file of {layout}, but such files have no {name}")
     if layout == "VQ-KD":                                       # applied to the tokens, not to their mean
         state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
