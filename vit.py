@@ -645,7 +645,7 @@ def export(path, name, num_heads=0):
     With relative positions they are those of timm.models.Beit, else of timm.models.VisionTransformer. Raises:
     exits with one sentence if timm has no such model (--stem conv).
     """
-    state, config, _, _ = read_encoder(path, num_heads)
+    state, config, mean, std = read_encoder(path, num_heads)
     if config.get("stem", "patch") != "patch":
         data.stop(f"{path} has a convolutional stem: timm's Vision Transformer has none")
     rel_pos, result = config.get("rel_pos", "none"), {}
@@ -670,7 +670,8 @@ def export(path, name, num_heads=0):
         options |= {"use_abs_pos_emb": "pos_embed" in state,
                     "use_rel_pos_bias" if rel_pos == "block" else "use_shared_rel_pos_bias": True}
     kind = "VisionTransformer" if rel_pos == "none" else "Beit"
-    print(f"{name} holds {len(result)} tensors; with timm:\n"
+    mean, std = (tuple(round(float(value), 4) for value in values) for values in (mean, std))
+    print(f"{name} holds {len(result)} tensors, for pixels normalised by mean {mean} and std {std}; in timm:\n"
           f"    model = timm.models.{kind}({', '.join(f'{k}={v!r}' for k, v in options.items())})\n"
           f"    model.load_state_dict(torch.load({str(name)!r}))", flush=True)
 
