@@ -671,7 +671,7 @@ def export(path, name, num_heads=0):
                     "use_rel_pos_bias" if rel_pos == "block" else "use_shared_rel_pos_bias": True}
     kind = "VisionTransformer" if rel_pos == "none" else "Beit"
     mean, std = (tuple(round(float(value), 4) for value in values) for values in (mean, std))
-    print(f"{name} holds {len(result)} tensors, for pixels normalised by mean {mean} and std {std}; in timm:\n"
+    print(f"{name} holds {len(result)} tensors, for pixels of mean {mean} and std {std}; in timm:\n"
           f"    model = timm.models.{kind}({', '.join(f'{k}={v!r}' for k, v in options.items())})\n"
           f"    model.load_state_dict(torch.load({str(name)!r}))", flush=True)
 
