@@ -216,6 +216,7 @@ def main():
         entropy, commonest = token_marginal(tokenizer, data.some_images(args, val_set, 1000, few)[1])
         trivial = (f"ln {num_out} = {math.log(num_out):.3f}; knowing how often each code occurs "
                    f"{entropy:.3f}, accuracy of the commonest {commonest:.3f}")
+    tokens = data.compiled(tokenizer.tokens, args) if tokenizer else None
     data.describe(args, model, loader, trivial)
     log = data.Log(args, loader, start)
 
@@ -237,7 +238,7 @@ def main():
         for (imgs, *pixels), _ in batch:                        # the labels are never used
             mask = draw_masks(args.masking, len(imgs), grid, args.num_masked, args.min_block, device)
             with torch.no_grad():                               # in float32
-                target = tokenizer.tokens(*pixels) if tokenizer else pixel_targets(imgs, args.patch_size)
+                target = tokens(*pixels) if tokens else pixel_targets(imgs, args.patch_size)
             with data.autocast(args):
                 loss, hits = net(imgs, target, mask)
             scaler.scale(loss / args.accum_steps).backward()

@@ -323,12 +323,11 @@ class Teacher(nn.Module):
                       f"has {grid} x {grid}: use a teacher of that grid, or one with absolute positions")
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        self.requires_grad_(False)
+        self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, imgs):
         """(B, 3, H, W) in [-1, 1] -> (B, N, T) float32; images are resized so that the grids agree."""
-        self.eval()
         pixels = data.resize((imgs + 1).clamp(0, 2) / 2, self.size)
         tokens = self.vit.fc_norm(self.vit.forward_features((pixels - self.mean) / self.std))
         return self.vit.head(tokens[:, 1:]).float()
@@ -414,6 +413,7 @@ def train_tokenizer(args):
         args, val_set, 500, whole).split(100)]).flatten(0, 1), dim=1)
     same = 1 - some.mean(0).norm().item()                       # 1 - cosine to the mean direction
     data.describe(args, model, loader, f"{same:.3f} for rec (one and the same feature everywhere)")
+    features = data.compiled(teacher, args)
     log = data.Log(args, loader, start)
 
     def evaluate(step):
@@ -431,7 +431,7 @@ def train_tokenizer(args):
         total, rec, commit, moments = 0, 0, 0, (0, 0)
         for (imgs,), _ in batch:                                # the labels are never used
             with data.autocast(args):
-                target = teacher(imgs)
+                target = features(imgs)
                 if step == 0 and not torch.is_tensor(total) and not args.init:
                     with torch.no_grad():
                         model.quantizer.start(model.vectors(imgs).flatten(0, 1))
@@ -607,8 +607,6 @@ def pretrain(args):
     if tokenizer.grid != grid:
         data.stop(f"{path} makes {tokenizer.grid} x {tokenizer.grid} tokens, but the ViT has {grid} x {grid} "
                   f"patches: use its --img_size and --patch_size")
-    if args.compile:
-        tokenizer.encoder.compile()
     train_set, val_set = data.load_sets(args)
     jitter = (args.color_jitter,) * 3 + (0.0,) if args.color_jitter else None
     loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5,
@@ -629,6 +627,7 @@ def pretrain(args):
                      for part in data.some_images(args, val_set, 1000, few)[1].split(100)])
     share = ids.flatten().bincount(minlength=tokenizer.vocab).double() / ids.numel()
     entropy = -(share * share.clamp(min=1e-12).log()).sum().item()
+    tokens = data.compiled(tokenizer.tokens, args)
     data.describe(args, model, loader,
                   f"for each head ln {tokenizer.vocab} = {math.log(tokenizer.vocab):.3f}; knowing how often "
                   f"each code occurs {entropy:.3f}, accuracy of the commonest {share.max().item():.3f}")
@@ -651,7 +650,7 @@ def pretrain(args):
             mask = data.blockwise_mask(len(imgs), grid, args.num_masked, args.min_block, device=device)
             with data.autocast(args):                           # the quantizer stays in float32
                 with torch.no_grad():
-                    codes = tokenizer.tokens(pixels)
+                    codes = tokens(pixels)
                 loss, values = net(imgs, codes, mask)
             scaler.scale(loss / args.accum_steps).backward()
             total = total + loss.detach() / args.accum_steps

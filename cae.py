@@ -360,12 +360,9 @@ def main():
         entropy, commonest = token_marginal(tokenizer, data.some_images(args, val_set, 1000, few)[1])
         trivial = (f"prediction ln {num_out} = {math.log(num_out):.3f}; knowing how often each code occurs "
                    f"{entropy:.3f}, accuracy of the commonest {commonest:.3f}")
+    tokens = data.compiled(tokenizer.tokens, args) if tokenizer else None
     data.describe(args, model, loader, f"{trivial}; alignment: R2 0")
     log = data.Log(args, loader, start)
-
-    def targets(imgs, pixels):
-        with torch.no_grad():                                   # in float32
-            return tokenizer.tokens(*pixels) if tokenizer else pixel_targets(imgs, args.patch_size)
 
     def evaluate(step):
         torch.manual_seed(0)                                    # the same masks every time
@@ -373,7 +370,8 @@ def main():
         views = views if tokenizer else [views]
         mask = draw_masks(args.masking, len(views[0]), grid, args.num_masked, args.min_block, device)
         model.eval()
-        result = direct(model, views[0], targets(views[0], views[1:]), mask)
+        target = tokenizer.tokens(views[1]) if tokenizer else pixel_targets(views[0], args.patch_size)
+        result = direct(model, views[0], target, mask)
         pictures(model, tokenizer, [view[:8] for view in views], mask[:8], val_set,
                  Path(args.output_dir, "pictures", f"{step:06d}.png"))
         log.write(step, **result, knn=data.knn_monitor(args, model, train_set, val_set))
@@ -386,7 +384,8 @@ def main():
         total, logs = 0, {}
         for (imgs, *pixels), _ in batch:                        # the labels are never used
             mask = draw_masks(args.masking, len(imgs), grid, args.num_masked, args.min_block, device)
-            target = targets(imgs, pixels)
+            with torch.no_grad():                               # in float32
+                target = tokens(*pixels) if tokens else pixel_targets(imgs, args.patch_size)
             with data.autocast(args):
                 loss, values = net(imgs, target, mask)
             scaler.scale(loss / args.accum_steps).backward()

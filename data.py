@@ -1239,6 +1239,11 @@ def wrap(model, args):
         model, device_ids=[local_rank()] if "cuda" in args.device else None)
 
 
+def compiled(function, args):
+    """What the loop calls of a frozen network; other shapes than the loop's go to `function` itself."""
+    return torch.compile(function) if args.compile else function
+
+
 def autocast(args):
     """Half precision for the forward pass, as --amp says."""
     dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16

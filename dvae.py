@@ -356,8 +356,6 @@ def prepare_tokenizer(args, grid):
     if tokenizer.grid != grid:
         data.stop(f"{path} makes {tokenizer.grid} x {tokenizer.grid} tokens, but the ViT has {grid} x {grid} "
                   f"patches: use its --img_size and --patch_size here, or train another one with dvae.py")
-    if args.compile:
-        tokenizer.encoder.compile()
     return tokenizer
 
 

@@ -346,7 +346,8 @@ def encoder_file(path):
 def test_fine_tuning_copies_the_shared_table_into_every_block(tmp_path):
     """Each block trains its own copy; mean pooling, a fresh fc_norm and head in the place of `norm`."""
     encoder = encoder_file(tmp_path / "encoder.pt")
-    args = SimpleNamespace(init=str(tmp_path / "encoder.pt"), img_size=32, mode="finetune", drop_path=0.0)
+    args = SimpleNamespace(init=str(tmp_path / "encoder.pt"), img_size=32, mode="finetune", drop_path=0.0,
+                           half_stats=False, num_heads=0)
     for name, value in data.COMMON.items():
         setattr(args, name, getattr(args, name, value[0]))
     model, _ = vit.build(args, 10, "mean")
