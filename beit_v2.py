@@ -22,6 +22,7 @@ while restart at random vectors (--restart, off on ImageNet); the branch starts 
 tokenizer view and fused biases as in beit.py.
 
     python beit_v2.py --data shapes                         # CPU, both stages, after ibot.py --data shapes
+    python beit_v2.py --model micro --teacher out/mae-cifar10/encoder.pt    # CIFAR-10, CPU: k-NN 28 -> 43%
     python beit_v2.py                                       # CIFAR-10, one GPU, after ibot.py: not run yet
     python beit_v2.py --stage tokenizer --teacher out/mae-cifar10/encoder.pt            # one stage
     torchrun --nproc_per_node=8 beit_v2.py --data imagenet  # 300 epochs, after ibot.py: not run yet
