@@ -377,6 +377,8 @@ def tokenizer_pictures(model, teacher, imgs, counts, folder, step):
     data.save_rows(folder / "words.png", {label: row for label, row in rows.items() if len(row)},
                    f"patches (the middle third) of the commonest codes; {(counts > 0).sum()} of "
                    f"{len(counts)} codes are used")
+    if data.rank():
+        return
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes, share = figure.subplots(), counts.sort(descending=True).values / counts.sum()
     axes.fill_between(range(1, len(share) + 1), share.numpy(), step="mid")

@@ -303,11 +303,12 @@ def collapse(logs, args):
 
 def official_names(content):
     """A whole checkpoint of bytedance/ibot: student, teacher, centres -> a state dict under our names."""
-    student, centres = official_state(content["student"]), content["ibot_loss"]
-    return ({"masked_embed": student.pop("backbone.masked_embed"), "centre": centres["center"].float(),
-             "patch_centre": centres["center2"].float().flatten(0, 1)}
-            | {f"student.{name}": value for name, value in student.items()}
-            | {f"teacher.{name}": value for name, value in official_state(content["teacher"]).items()})
+    ours = {"student.backbone.masked_embed": "masked_embed", "ibot_loss.center": "centre",
+            "ibot_loss.center2": "patch_centre"}
+    state = {f"{part}.{name}": value for part in ("student", "teacher", "ibot_loss")
+             for name, value in official_state(content.get(part, {})).items()}
+    return {ours.get(name, name): value[0] if name.endswith("center2") else value
+            for name, value in state.items()}
 
 
 @torch.no_grad()

@@ -574,8 +574,8 @@ def infer_config(path, state, num_heads=0):
         data.stop(f"{path} is no Vision Transformer that is known here: it has neither pos_embed nor a "
                   f"relative_position_bias_table")
     if not heads:
-        data.stop(f"{path} is {embed_dim} wide and {depth} deep, which is no size of --model: give its "
-                  f"--num_heads")
+        data.stop(f"{path} is {embed_dim} wide and {depth} deep, which is no size of --model: its number of "
+                  f"heads is not known (vit.py takes --num_heads)")
     if embed_dim % heads[0]:
         data.stop(f"{path} is {embed_dim} wide: that does not divide into --num_heads {heads[0]}")
     return {"embed_dim": embed_dim, "depth": depth, "num_heads": heads[0], "patch_size": patch_size,
