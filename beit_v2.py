@@ -39,6 +39,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import data
+from dvae import code_entropy, token_marginal
 from vit import (SIZES, Block, ViT, cosine_lr, load_init, load_weights, official_state, param_groups,
                  read_encoder, set_lr)
 
@@ -274,18 +275,19 @@ CLIP_NAMES = {"class_embedding": "cls_token", "positional_embedding": "pos_embed
               "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 
-def read_clip(path):
-    """CLIP's visual tower, from OpenAI's archive (TorchScript) or a state dict: the network under our names.
-
-    None if the file is another one. The number of heads is the width over 64, as in all of OpenAI's.
-    """
+def read_teacher(path):
+    """The content of a teacher's file; OpenAI's CLIP is an archive of TorchScript."""
     if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in
                                         zipfile.ZipFile(path).namelist()):
-        content = torch.jit.load(path, map_location="cpu").state_dict()
-    else:
-        content = data.load_file(path)
-    if "visual.conv1.weight" not in content:
-        return None
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    return data.load_file(path)
+
+
+def read_clip(path, content):
+    """CLIP's visual tower, from the content of OpenAI's file: the network under our names.
+
+    The number of heads is the width over 64, as in all of OpenAI's.
+    """
     state = {}
     for name, value in content.items():
         if name.startswith("visual."):
@@ -310,9 +312,11 @@ class Teacher(nn.Module):
 
     def __init__(self, path, grid):
         super().__init__()
-        self.vit, (mean, std) = read_clip(path), CLIP_STATS
-        if self.vit is None:
-            state, config, mean, std = read_encoder(path)
+        content = read_teacher(path)
+        if "visual.conv1.weight" in content:
+            self.vit, (mean, std) = read_clip(path, content), CLIP_STATS
+        else:
+            state, config, mean, std = read_encoder(path, content=content)
             self.vit = ViT(**config | {"num_classes": 0, "drop_path": 0.0})
             load_weights(self.vit, {k: v for k, v in state.items() if not k.startswith("head.")}, path)
         config, head = self.vit.config, self.vit.head
@@ -350,9 +354,8 @@ def monitor(args, model, teacher, source, view):
         sums += torch.stack([near.sum(), sums.new_tensor(len(imgs))])
     model.train()
     near, seen = data.all_sum(sums).tolist()
-    share = data.all_sum(counts).double() / counts.sum()
-    entropy = -(share * share.clamp(min=1e-12).log()).sum().item()
-    return {"usage": (counts > 0).double().mean().item(), "perplexity": math.exp(entropy),
+    counts = data.all_sum(counts)
+    return {"usage": (counts > 0).double().mean().item(), "perplexity": math.exp(code_entropy(counts)),
             "cosine": near / seen}, counts.cpu()
 
 
@@ -497,7 +500,8 @@ def load_tokenizer(path):
             data.stop(f"{path} is no tokenizer of beit_v2.py: train one with --stage tokenizer, and give its "
                       f"tokenizer.pt")
         num_codes, code_dim = state["quantizer.codebook"].shape
-        config = {"encoder": read_encoder(path)[1], "num_codes": num_codes, "code_dim": code_dim,
+        config = {"encoder": read_encoder(path, content=content)[1], "num_codes": num_codes,
+                  "code_dim": code_dim,
                   "decoder_depth": len({name.split(".")[2] for name in state if "decoder.blocks." in name}),
                   "teacher_dim": len(state["decode_task_layer.2.bias"])}
     model = VQKD(ViT(**config.pop("encoder")), **config)
@@ -626,14 +630,11 @@ def pretrain(args):
     scaler = data.make_scaler(args)
     start = data.load_checkpoint(args, model=model, optimizer=optimizer, scaler=scaler)
     few = data.View(args.img_size, tokenizer_size=tokenizer.img_size)
-    ids = torch.cat([tokenizer.tokens(part)
-                     for part in data.some_images(args, val_set, 1000, few)[1].split(100)])
-    share = ids.flatten().bincount(minlength=tokenizer.vocab).double() / ids.numel()
-    entropy = -(share * share.clamp(min=1e-12).log()).sum().item()
+    entropy, commonest = token_marginal(tokenizer, data.some_images(args, val_set, 1000, few)[1])
     tokens = data.compiled(tokenizer.tokens, args)
     data.describe(args, model, loader,
                   f"for each head ln {tokenizer.vocab} = {math.log(tokenizer.vocab):.3f}; knowing how often "
-                  f"each code occurs {entropy:.3f}, accuracy of the commonest {share.max().item():.3f}")
+                  f"each code occurs {entropy:.3f}, accuracy of the commonest {commonest:.3f}")
     log = data.Log(args, loader, start)
 
     def evaluate(step):

@@ -368,8 +368,14 @@ def token_marginal(tokenizer, pixels):
     assert 0 <= pixels.min() and pixels.max() <= 1, (
         f"pixels from {pixels.min():.2f} to {pixels.max():.2f}: a tokenizer reads [0, 1], not normalised")
     ids = torch.cat([tokenizer.tokens(part) for part in pixels.split(100)])
-    share = ids.flatten().bincount(minlength=tokenizer.vocab).double() / ids.numel()
-    return -(share * share.clamp(min=1e-12).log()).sum().item(), share.max().item()
+    counts = ids.flatten().bincount(minlength=tokenizer.vocab)
+    return code_entropy(counts), counts.max().item() / counts.sum().item()
+
+
+def code_entropy(counts):
+    """Entropy in nats of the frequencies of codes that occur `counts` (K,) times"""
+    share = counts.double() / counts.sum()
+    return -(share * share.clamp(min=1e-12).log()).sum().item()
 
 
 # ---- what shows how the vocabulary is doing ----
@@ -407,9 +413,8 @@ def monitor(args, model, source, view, tau):
                                  sums.new_tensor(len(part))])
     model.train()
     kl, mae, mae_relaxed, seen = data.all_sum(sums).tolist()
-    share = data.all_sum(counts).double() / counts.sum()
-    entropy = -(share * share.clamp(min=1e-12).log()).sum().item()
-    return {"usage": (counts > 0).double().mean().item(), "perplexity": math.exp(entropy),
+    counts = data.all_sum(counts)
+    return {"usage": (counts > 0).double().mean().item(), "perplexity": math.exp(code_entropy(counts)),
             "posterior_perplexity": model.vocab * math.exp(-kl / seen), "kl": kl / seen,
             "mae": mae / seen, "gap": (mae - mae_relaxed) / seen}, counts.cpu()
 

@@ -522,16 +522,17 @@ def official_state(content):
     return state
 
 
-def read_encoder(path, num_heads=0):
+def read_encoder(path, num_heads=0, content=None):
     """Read an encoder: our encoder.pt, or a file of MAE, DINO, iBOT, BEiT (v2), VQ-KD, CAE, DeiT or timm.
 
     -> state dict under our names, ViT arguments, mean and std of its pixels (ImageNet's in official files)
-    num_heads: no tensor tells it; it need be given for a width and depth that are not in SIZES.
+    num_heads: no tensor tells it; it need be given for a width and depth that are not in SIZES. content: of
+    the file, where it is read already.
 
     Raises: exits with one sentence if the file is damaged, of no known layout, or holds tensors that files of
     its layout do not have; `load_weights` looks at the encoder's own.
     """
-    content = data.load_file(path)
+    content = data.load_file(path) if content is None else content
     if "config" in content and "mean" in content:
         return content["model"], content["config"], content["mean"], content["std"]
     if content.keys() & {"step", "method"}:                     # ours, too, but with more than an encoder

@@ -27,25 +27,13 @@ def batch(B=4, vocab=64):
             beit.draw_masks("block", B, 8, 26, 4, "cpu"))
 
 
-def ours(arrays):
-    """Official names to ours: one fused bias, whose part for the keys is zero."""
-    found = {}
-    for name, value in arrays.items():
-        if name.endswith("q_bias"):
-            v_bias = arrays[name.replace("q_bias", "v_bias")]
-            name, value = name.replace("q_bias", "qkv.bias"), torch.cat([value, 0 * value, v_bias])
-        if not name.endswith("v_bias"):
-            found[name if name.startswith(("lm_head", "mask_token")) else f"encoder.{name}"] = value
-    return found
-
-
 # ---- the official numbers ----
 
 
 def test_official_logits_loss_and_gradients(golden, close):
     """Same weights, images, codes and masks: features, logits, loss, accuracy and gradients to 1e-5."""
     arrays, model = golden("beit"), tiny_beit()
-    model.load_state_dict(ours(golden("beit", "w/")))
+    model.load_state_dict(beit.official_names(golden("beit", "w/")))
     mask = arrays["mask"]
     h = model.hidden_states(arrays["x"], mask)
     close(h[0], arrays["features"][0, 1:])
@@ -54,7 +42,7 @@ def test_official_logits_loss_and_gradients(golden, close):
     close(loss, arrays["loss"], 1e-6)
     close(accuracy, arrays["acc"], 1e-6)
     loss.backward()
-    gradients, found = ours(golden("beit", "grad/")), dict(model.named_parameters())
+    gradients, found = beit.official_names(golden("beit", "grad/")), dict(model.named_parameters())
     assert len(gradients) > 30 and "encoder.rel_pos_bias.relative_position_bias_table" in gradients
     for name, gradient in gradients.items():
         close(found[name].grad, gradient)
@@ -63,7 +51,7 @@ def test_official_logits_loss_and_gradients(golden, close):
 def test_official_training_steps(golden, close):
     """Five AdamW steps with the official decay groups: losses, gradient norms, weights afterwards."""
     arrays, model = golden("beit"), tiny_beit()
-    model.load_state_dict(ours(golden("beit", "w/")))
+    model.load_state_dict(beit.official_names(golden("beit", "w/")))
     optimizer = torch.optim.AdamW(param_groups(model, 0.05), betas=(0.9, 0.999))
     for step in range(5):
         vit.set_lr(optimizer, arrays["step_lr"][step].item())

@@ -29,18 +29,6 @@ def batch(B=4):
     return (torch.randn(B, 3, 32, 32), torch.randint(64, (B, 64)), data.blockwise_mask(B, 8, 26, 4))
 
 
-def ours(arrays):
-    """Official names to ours: one fused bias, whose part for the keys is zero."""
-    found = {}
-    for name, value in arrays.items():
-        if name.endswith("q_bias"):
-            v_bias = arrays[name.replace("q_bias", "v_bias")]
-            name, value = name.replace("q_bias", "qkv.bias"), torch.cat([value, 0 * value, v_bias])
-        if not name.endswith("v_bias"):
-            found[name if name.startswith(("lm_head", "mask_token", "cls_pt")) else f"encoder.{name}"] = value
-    return found
-
-
 # ---- the official numbers ----
 
 
@@ -68,13 +56,13 @@ def test_official_quantizer(case, golden, close):
 def test_official_pretraining(golden, close):
     """Logits of both heads at the hidden patches, both losses, all kinds of gradients, three AdamW steps."""
     arrays, model = golden("beit_v2"), tiny_beit()
-    model.load_state_dict(ours(golden("beit_v2", "w/")))
+    model.load_state_dict(beit_v2.official_names(golden("beit_v2", "w/")))
     imgs, codes, mask = arrays["images"], arrays["tokens"], arrays["mask"]
     h, branch = model.hidden_states(imgs, mask)
     close(model.lm_head(h)[mask], arrays["logits_mim"])
     close(model.lm_head(branch)[mask], arrays["logits_cls"])
     optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=1.5e-3, betas=(0.9, 0.98))
-    gradients, found = ours(golden("beit_v2", "grad/")), dict(model.named_parameters())
+    gradients, found = beit_v2.official_names(golden("beit_v2", "grad/")), dict(model.named_parameters())
     assert len(gradients) > 40
     loss, logs = model(imgs, codes, mask)
     loss.backward()

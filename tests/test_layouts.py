@@ -376,7 +376,8 @@ def test_clip_as_teacher(tmp_path, close, archive):
 
 def test_clip_names(tmp_path):
     """All names and shapes of CLIP ViT-B/16's visual tower are used."""
-    model = beit_v2.read_clip(written(tmp_path / "clip.pt", synthetic("beit_v2 clip_vitb16_visual")))
+    path = written(tmp_path / "clip.pt", synthetic("beit_v2 clip_vitb16_visual"))
+    model = beit_v2.read_clip(path, beit_v2.read_teacher(path))
     assert model.head.weight.shape == (512, 768) and len(model.blocks) == 12
     assert model.blocks[0].norm1.eps == model.norm.eps == 1e-5 and model.blocks[0].attn.num_heads == 12
 
