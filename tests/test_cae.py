@@ -9,7 +9,9 @@ import torch.nn.functional as F
 import cae
 import data
 import dvae
-from vit import ViT, param_groups, sincos_pos_embed, update_ema
+import vit
+from test_runs import run, shrink
+from vit import ViT, param_groups, sincos_pos_embed
 
 
 def tiny_cae(vocab=96, num_masked=32, **options):
@@ -70,8 +72,8 @@ def test_official_latents_logits_and_losses(golden, close, official):
     close(2 * logs["align"], arrays["loss_align"], 1e-6)
 
 
-def test_official_gradients_and_momentum(golden, close, official):
-    """Gradients of all parts (but the keys' norm bias, whose is noise); the copy after one update."""
+def test_official_gradients(golden, close, official):
+    """Gradients of all parts, but the keys' norm bias, whose is noise."""
     arrays, model = golden("cae"), official
     model(arrays["images"], arrays["token_ids"].long(), arrays["mask"])[0].backward()
     gradients, found = ours(golden("cae_teacher", "grad/")), dict(model.named_parameters())
@@ -79,11 +81,40 @@ def test_official_gradients_and_momentum(golden, close, official):
     for name, gradient in gradients.items():
         if not name.endswith("norm1_k.bias"):
             close(found[name].grad, gradient)
-    update_ema(model.teacher, model.encoder, 0.9)
-    after, teacher = ours(golden("cae_teacher", "teacher_after/")), dict(model.teacher.named_parameters())
+
+
+@pytest.mark.parametrize("parts", (1, 2))
+def test_official_momentum(parts, tmp_path, golden, close):
+    """The script starts from the official weights: its copy of the encoder moves once in a step, before the
+    encoder does, to the official values; then on by the momentum.
+    """
+    tokenizer = dvae.DVAE(grid=8, stride=4, n_hid=8, vocab=96)
+    torch.save({"model": tokenizer.state_dict(), "config": tokenizer.config, "method": "dvae"},
+               tmp_path / "tokenizer.pt")
+    torch.save({"model": golden("cae", "w/") | golden("cae_teacher", "w/")}, tmp_path / "official.pth")
+    seen, forward = [], cae.CAE.forward
+
+    def watched(model, *args):
+        seen.append([{name: p.detach().clone() for name, p in network.named_parameters()}
+                     for network in (model.encoder, model.teacher)])
+        return forward(model, *args)
+
+    def prepare(patch):
+        shrink(patch)
+        patch.setitem(vit.SIZES, "micro", dict(embed_dim=32, depth=3, num_heads=4))
+        patch.setattr(cae.CAE, "forward", watched)
+    run(f"cae.py --data shapes --device cpu --model micro --batch_size 20 --accum_steps {parts} "
+        f"--max_steps 3 --momentum 0.9 --lr 1e-2 --warmup_epochs 0 --tokenizer {tmp_path}/tokenizer.pt "
+        f"--init {tmp_path}/official.pth --output_dir {tmp_path}/run", prepare)
+    assert len(seen) == 3 * parts
+    after = ours(golden("cae_teacher", "teacher_after/"))
     assert len(after) > 30
     for name, value in after.items():
-        close(teacher[name], value)
+        close(seen[parts][1][name], value)
+    for (encoder, teacher), (later, moved) in zip(seen[::parts], seen[parts::parts]):
+        assert not torch.equal(encoder["norm.weight"], later["norm.weight"])
+        for name in teacher:
+            close(moved[name], 0.9 * teacher[name] + 0.1 * encoder[name])
 
 
 def test_row_first_positions():

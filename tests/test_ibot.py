@@ -10,6 +10,7 @@ from torch import nn
 
 import data
 import ibot
+from test_runs import IBOT, run, shrink
 from vit import ViT, interpolate_pos_embed, param_groups
 
 MASKS = dict(pred_ratio="0,0.3", pred_ratio_var="0,0.2", pred_shape="block")
@@ -74,21 +75,21 @@ def test_official_head(golden, close):
         close(dict(head.named_parameters())[name].grad, gradient)
 
 
-def official_call(arrays, call, centres, epoch, case, leaves):
-    """One call of the official loss on its inputs: -> class and patch loss, weighted as in `case`."""
-    s_cls, s_patch, s_local, t_cls, t_patch = leaves
-    temp = ibot.temperature(epoch, 0.04, 0.04 if case == "warm40" else 0.07, 30)
-    patch_temp = ibot.temperature(epoch, 0.04, 0.07, 30, 5 if case == "mimstart5" else 0)
-    mask = arrays["mask"][call].flatten(0, 1).flatten(1)                                    # (G B, N)
-    if case == "nomask":
-        mask = torch.zeros_like(mask)
-    weight = mask / (mask.sum(1, keepdim=True).clamp(min=1) * len(mask))
-    q = ibot.sharpen(t_cls, centres[0], temp).unflatten(0, (2, -1))
-    q_patch = ibot.sharpen(t_patch, centres[1], patch_temp)
-    student = s_cls if case == "nolocal" else torch.cat([s_cls, s_local])
-    first, second = (0.5, 2.0) if case == "lam" else (1.0, 1.0)
-    return (first * ibot.cls_loss(q, student.unflatten(0, (-1, q.shape[1]))),
-            second * ibot.patch_loss(q_patch.flatten(0, 1), s_patch.flatten(0, 1), weight.flatten()))
+def as_tokens(cls, patch=None):
+    """Logits of class tokens (n, K) and of patches (n, N, K') -> tokens that `plain_ibot` turns into them."""
+    x = F.pad(cls, (0, 48))[:, None]
+    return x if patch is None else torch.cat([x, F.pad(patch, (64, 0))], 1)
+
+
+def plain_ibot(max_masked, lambda1, lambda2):
+    """IBOT without an MLP; the 64 prototypes of the class token, then the 48 of patches, are unit vectors."""
+    model = ibot.IBOT(*(ibot.Network(ViT(16, 4, 48, 1, 3), ibot.Head(48, 8, 112, 64, 48, shared=False))
+                        for _ in range(2)), max_masked, lambda1, lambda2)
+    for network in (model.student, model.teacher):
+        network.head.unit = lambda x: x
+        network.head.last_layer.weight_v.data = torch.eye(112)[:64]
+        network.head.last_layer2.weight_v.data = torch.eye(112)[64:]
+    return model
 
 
 @pytest.mark.parametrize("case, epoch", [(case, epoch) for case in ("std", "warm40", "lam", "mimstart5")
@@ -96,42 +97,47 @@ def official_call(arrays, call, centres, epoch, case, leaves):
 def test_official_losses_centres_and_gradients(case, epoch, golden, close):
     """Chained calls, each with the centres that the one before left; temperatures of several epochs."""
     arrays = golden("ibot_loss")
-    wanted = arrays[f"{case}/e{epoch}"].view(-1, 3)
-    centres = [torch.zeros(1, 64), torch.zeros(1, 48)]
+    wanted, masks = arrays[f"{case}/e{epoch}"].view(-1, 3), arrays["mask"].flatten(1, 2).flatten(2)
+    temps = (ibot.temperature(epoch, 0.04, 0.04 if case == "warm40" else 0.07, 30),
+             ibot.temperature(epoch, 0.04, 0.07, 30, 5 if case == "mimstart5" else 0))
+    lambdas = (0.5, 2.0) if case == "lam" else (1.0, 1.0)
+    model = plain_ibot(int(masks.sum((1, 2)).max()) + 3, *lambdas)
+    crops, local = 2 * [torch.zeros(4, 3, 16, 16)], 3 * [torch.zeros(4, 3, 8, 8)]
     for call in range(len(wanted)):
-        leaves = [arrays[name][call].clone().requires_grad_() for name in
-                  ("student_cls", "student_patch", "student_local", "teacher_cls", "teacher_patch")]
-        with torch.no_grad():
-            teacher = [leaf.clone() for leaf in leaves[3:]]
-        on_cls, on_patch = official_call(arrays, call, centres, epoch, case, leaves[:3] + teacher)
-        (on_cls + on_patch).backward()
-        assert torch.allclose(torch.stack([on_cls, on_patch, on_cls + on_patch]).double(), wanted[call],
-                              rtol=1e-6, atol=1e-6)
+        leaves = [arrays[f"student_{name}"][call].requires_grad_() for name in ("cls", "patch", "local")]
+        whole, small = as_tokens(*leaves[:2]), as_tokens(leaves[2])
+        model.student.tokens = lambda imgs, *masks: whole if len(imgs) == 8 else small
+        model.teacher.tokens = lambda imgs: as_tokens(arrays["teacher_cls"][call],
+                                                      arrays["teacher_patch"][call])
+        loss, logs, means = model(crops, [] if case == "nolocal" else local,
+                                  masks[call] & (case != "nomask"), *map(torch.tensor, temps))
+        loss.backward()
+        found = torch.stack([lambdas[0] * logs["cls"], lambdas[1] * logs["patch"], loss]).double()
+        assert torch.allclose(found, wanted[call], rtol=1e-6, atol=1e-6)
         if (case, epoch, call) == ("std", 60, 0):
             for name, leaf in zip(("cls", "patch", "local"), leaves):
                 close(leaf.grad, arrays[f"grad_{name}"])
-        for centre, logits in zip(centres, teacher):
-            centre.lerp_(logits.flatten(0, -2).mean(0, keepdim=True), 0.1)
+        model.update(means, 1.0)
         if case == "std" and epoch == 0:
-            close(centres[0], arrays[f"centre{call}"])
-            close(centres[1][None], arrays[f"patch_centre{call}"])
+            close(model.centre, arrays[f"centre{call}"])
+            close(model.patch_centre[None], arrays[f"patch_centre{call}"])
 
 
 @pytest.mark.parametrize("shape, flags", [("block", {}), ("rand", dict(
-    pred_shape="rand", pred_ratio="0,0.3"))])
+    pred_shape="rand", pred_ratio="0,0.7", pred_ratio_var="0,0.05"))])
 def test_official_masks(shape, flags, golden):
     """As many hidden patches as the official loader draws, at the same places, within the draws' noise."""
     arrays, args = golden("ibot_loss"), SimpleNamespace(**MASKS | flags)
     torch.manual_seed(0)
     mask = ibot.draw_masks(args, 4000, 8, "cpu")
     count, wanted = mask.sum(1), arrays[f"{shape}8/count"]
+    steps = torch.arange(65)
+    found, official = ((c[:, None] <= steps).float().mean(0) for c in (count, wanted.long()))
+    assert (found - official).abs().max() < (0.09 if shape == "block" else 0.05)
     if shape == "block":
-        steps = torch.arange(65)
-        found, official = ((c[:, None] <= steps).float().mean(0) for c in (count, wanted.long()))
-        assert (found - official).abs().max() < 0.09
         assert (mask.float().mean(0).view(8, 8) - arrays["block8/freq"]).abs().max() < 0.05
     else:  # exactly the floor of its budget, at places that are all alike
-        assert (count > 0).float().mean().sub(0.5).abs() < 0.05 and count.max() <= 32
+        assert count.unique().tolist() == wanted.unique().tolist()
         places = mask.float().mean(0)
         assert (places - places.mean()).abs().max() < 0.04
 
@@ -193,14 +199,13 @@ def test_padding_changes_nothing():
 
 def test_no_gradient_reaches_the_teacher_and_it_follows_the_student():
     """Gradients for the student alone; update() moves centres by a tenth, the teacher by the momentum."""
-    model, (crops, local, mask) = tiny_ibot(drop_path=0.5), batch()
+    model, (crops, local, mask) = tiny_ibot(), batch()
     loss, _, means = model(crops, local, mask, *TEMPS)
     loss.backward()
     assert all(p.grad is None for p in model.teacher.parameters())
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert all(dict(model.named_parameters())[name].grad is not None for name in trained)
     assert not [name for name in trained if name.startswith("teacher") or name.endswith("weight_g")]
-    assert all(block.drop_path == 0 for block in model.teacher.backbone.blocks)
     before = copy.deepcopy(model)
     model.update(means, 0.9)
     assert torch.allclose(model.centre, 0.9 * before.centre + 0.1 * means[0])
@@ -263,6 +268,7 @@ def test_temperature_is_linear_over_whole_epochs():
 
 
 def test_cosine():
+    """Half a cosine: start, middle and end."""
     assert [ibot.cosine(done, 0.996, 1.0) for done in (0, 0.5, 1)] == pytest.approx([0.996, 0.998, 1.0])
 
 
@@ -316,6 +322,57 @@ def test_one_batch_is_overfitted(shared):
         optimizer.zero_grad()
         divergences.append(logs["kl"].item())
     assert sum(divergences[-5:]) < 0.6 * sum(divergences[:5]), divergences
+
+
+def test_the_script_keeps_its_schedules(tmp_path):
+    """In every step: temperatures and masks of the epoch, prototypes frozen in the first; then the centres go
+    to the mean of both parts of the batch, the teacher to the student by a momentum that rises to 1.
+    """
+    forwards, updates = [], []
+    forward, update = ibot.IBOT.forward, ibot.IBOT.update
+
+    def watched_forward(model, crops, local_crops, mask, temp, patch_temp):
+        if not forwards:                                        # the same weights, but other drop path rates
+            for a, b in zip(model.student.parameters(), model.teacher.parameters(), strict=True):
+                assert torch.equal(a, b)
+            rates = [{m.drop_path for m in network.modules() if hasattr(m, "drop_path")}
+                     for network in (model.student, model.teacher)]
+            assert rates == [{0.0, 0.2}, {0.0}]
+        result = forward(model, crops, local_crops, mask, temp, patch_temp)
+        forwards.append((float(temp), float(patch_temp), mask.any().item(), result[2],
+                         model.student.head.last_layer.weight_v.detach().clone()))
+        return result
+
+    def watched_update(model, *args):
+        before = copy.deepcopy(model)
+        update(model, *args)
+        updates.append((before, copy.deepcopy(model)))
+
+    def prepare(patch):
+        shrink(patch)
+        patch.setattr(ibot.IBOT, "forward", watched_forward)
+        patch.setattr(ibot.IBOT, "update", watched_update)
+    run(f"{IBOT} --epochs 3 --batch_size 100 --accum_steps 2 --teacher_temp_start 0.02 --teacher_temp 0.04 "
+        f"--patch_temp 0.08 --warmup_temp_epochs 3 --pred_start_epoch 1 --freeze_last_layer 1 --momentum 0.9 "
+        f"--weight_decay_end 0.4 --pred_ratio 0.5 --pred_ratio_var 0 --pred_shape rand --drop_path 0.2 "
+        f"--output_dir {tmp_path}/run", prepare)
+    assert (len(forwards), len(updates)) == (12, 6)
+    temps, patch_temps, hidden, means, prototypes = zip(*forwards)
+    assert temps[::4] == pytest.approx((0.02, 0.03, 0.04))
+    assert patch_temps[::4] == pytest.approx((0.02, 0.02, 0.05)) and hidden == 4 * (False,) + 8 * (True,)
+    moved = [not torch.equal(a, b) for a, b in zip(prototypes, prototypes[2:])]
+    assert moved[::2] == [False, False, True, True, True]
+    for step, (before, after) in enumerate(updates):
+        momentum = 1 - 0.1 * (1 + math.cos(math.pi * step / 6)) / 2
+        for t, s, a in zip(before.teacher.parameters(), before.student.parameters(),
+                           after.teacher.parameters(), strict=True):
+            assert torch.allclose(a, momentum * t + (1 - momentum) * s, atol=1e-6)
+        for i, name in enumerate(("centre", "patch_centre")):
+            mean = (means[2 * step][i] + means[2 * step + 1][i]) / 2
+            assert torch.allclose(getattr(after, name), 0.9 * getattr(before, name) + 0.1 * mean, atol=1e-6)
+    groups = torch.load(tmp_path / "run/last.pt", weights_only=True)["optimizer"]["param_groups"]
+    last = 0.4 - 0.36 * (1 + math.cos(math.pi * 5 / 6)) / 2
+    assert {round(group["weight_decay"], 6) for group in groups} == {0, round(last, 6)}
 
 
 def test_the_step_compiles_once_without_graph_breaks():

@@ -1008,6 +1008,81 @@ def test_masks_and_weight_decay_of_the_flags_reach_the_model(name, kind, monkeyp
     assert {group["weight_decay"] for group in groups if group["params"][0].ndim > 1} >= {0.3}
 
 
+# ---- the codes of beit_v2.py ----
+
+def code_events(command):
+    """What happens to the codes in a run, in order: method, its vectors, codes before and after, numbers."""
+    events = []
+
+    def watch(name, method):
+        def watched(quantizer, *inputs):
+            before = quantizer.codebook.clone()
+            result = method(quantizer, *inputs)
+            events.append(SimpleNamespace(name=name, z=inputs[0].detach(), before=before,
+                                          after=quantizer.codebook.clone(),
+                                          ids=result[1] if name == "forward" else None))
+            return result
+        return watched
+
+    def prepare(patch):
+        shrink(patch)
+        for name in ("start", "forward", "update", "restart"):
+            patch.setattr(beit_v2.Quantizer, name, watch(name, getattr(beit_v2.Quantizer, name)))
+    run(command, prepare)
+    return events
+
+
+@pytest.mark.parametrize("parts", (1, 2))
+def test_kmeans_starts_the_codes_once(parts):
+    """In the first step of a new run, on the vectors of its first batch: not on --resume, not with --init."""
+    steps = parts * ["forward"] + ["update"]
+    flags = f"--restart 0 --accum_steps {parts} --max_steps"
+    new = code_events(f"{VQKD} {flags} 3 --output_dir new")
+    assert [event.name for event in new] == ["start"] + 3 * steps
+    assert not torch.equal(new[0].before, new[0].after) and torch.equal(new[1].before, new[0].after)
+    assert parts > 1 or torch.allclose(new[0].z, new[1].z, atol=1e-6)
+    more = code_events("beit_v2.py --resume --max_steps 5 --output_dir new")
+    assert [event.name for event in more] == 2 * steps and torch.equal(more[0].before, new[-1].after)
+    other = code_events(f"{VQKD} {flags} 2 --init new/last.pt --output_dir other")
+    assert [event.name for event in other] == 2 * steps and torch.equal(other[0].before, more[-1].after)
+
+
+@pytest.mark.parametrize("every, restarts", ((4, [4, 8, 12, 16]), (17, []), (0, [])))
+def test_unused_codes_restart_in_the_first_80_percent(every, restarts):
+    """After every --restart steps the codes that no vector chose since the last time move to vectors of the
+    batch, and no other code moves; 16 of 20 steps are 80%.
+    """
+    done, used, z, found = 0, set(), None, []
+    for event in code_events(f"{VQKD} --num_codes 256 --restart {every} --epochs 2 --output_dir new"):
+        if event.name == "forward":
+            used, z = used | set(event.ids.tolist()), event.z
+        elif event.name == "update":
+            done += 1
+        elif event.name == "restart":
+            found.append(done)
+            kept = torch.tensor([k in used for k in range(256)])
+            assert 0 < kept.sum() < 256 and torch.equal(event.after[kept], event.before[kept])
+            fresh = event.after[~kept]
+            assert not (fresh == event.before[~kept]).all(1).any()
+            assert (fresh @ torch.nn.functional.normalize(z, dim=1).T).amax(1).min() > 1 - 1e-5
+            used = set()
+    assert done == 20 and found == restarts
+
+
+def test_a_norm_and_head_for_the_branch_alone():
+    """--no-shared_head makes and trains them; with a shared head there are none."""
+    for flag in ("--shared_head", "--no-shared_head"):
+        run(f"{BEIT2} {flag} --max_steps 2 --output_dir run{flag}")
+        model = read(f"run{flag}/last.pt")["model"]
+        own = {name for name in model if name.startswith(("cls_pt_norm", "cls_pt_lm_head"))}
+        assert len(own) == (0 if flag == "--shared_head" else 4)
+        for name in own:
+            start = 1 if name == "cls_pt_norm.weight" else 0
+            assert (model[name] != start).any(), f"{name} is not trained"
+
+
+# ---- all command lines in the documents ----
+
 def commands(text, fenced):
     """Command lines of fenced blocks or of a docstring: no comments, continued lines joined."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) if fenced else [text]
