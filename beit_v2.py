@@ -453,7 +453,7 @@ def train_tokenizer(args):
         scaler.update()
         optimizer.zero_grad()
         model.quantizer.update(*moments)
-        if args.restart and not (step + 1) % args.restart and step < 0.8 * loader.total_steps:
+        if args.restart and not (step + 1) % args.restart and step < 0.8 * args.epochs * loader.epoch_steps:
             model.quantizer.restart(z)
         log.step(step, loss=total, rec=rec, commit=commit, lr=lr)
         if log.evaluates(step):

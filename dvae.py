@@ -495,17 +495,18 @@ def main():
     log = data.Log(args, loader, start)
 
     def evaluate(step):
-        tau = cosine_ramp(step / loader.total_steps / args.tau_anneal, 1.0, args.tau)
+        tau = cosine_ramp(step / (args.epochs * loader.epoch_steps) / args.tau_anneal, 1.0, args.tau)
         result, counts = monitor(args, ema, val_set, whole, tau)
         pictures(ema, few[:8], counts, Path(args.output_dir, "pictures"), step)
         log.write(step, **result)
-        if step >= 0.2 * loader.total_steps and data.rank() == 0 and (words := collapse(result, args.vocab)):
+        words = collapse(result, args.vocab) if step >= 0.2 * args.epochs * loader.epoch_steps else None
+        if words and data.rank() == 0:
             print(words, flush=True)
 
     if start == 0:
         evaluate(0)
     for step, batch in loader.steps(start):
-        lr, done = cosine_lr(step / loader.epoch_steps, args), step / loader.total_steps
+        lr, done = cosine_lr(step / loader.epoch_steps, args), step / (args.epochs * loader.epoch_steps)
         set_lr(optimizer, lr)
         tau = cosine_ramp(done / args.tau_anneal, 1.0, args.tau)
         beta = cosine_ramp(done / args.beta_warmup, 0.0, args.beta)
