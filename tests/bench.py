@@ -36,11 +36,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data  # noqa: E402
-from beit import BEiT, draw_masks  # noqa: E402
+from beit import BEiT  # noqa: E402
 from beit_v2 import VQKD, BEiTv2  # noqa: E402
 from cae import CAE  # noqa: E402
 from dvae import DVAE  # noqa: E402
-from ibot import IBOT, Head, Network, draw_masks as ibot_masks, most_hidden  # noqa: E402
+from ibot import IBOT, Head, Network, draw_masks, most_hidden  # noqa: E402
 from mae import MAE  # noqa: E402
 from vit import SIZES, Mlp, ViT, param_groups  # noqa: E402
 
@@ -79,34 +79,34 @@ def vit(args):
 
 def beit(args):
     """The student's step alone: random codes, no tokenizer."""
-    large, grid = args.img_size > 64, args.img_size // args.patch_size
+    large = args.img_size > 64
     vocab, num_masked, min_block = (8192, 75, 16) if large else (1024, 26, 4)
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="none", rel_pos="shared",
                   layer_scale=0.1, drop_path=0.1 if large else 0.0)
     model = BEiT(encoder, vocab, num_masked)
-    codes = torch.randint(vocab, (args.batch_size, grid ** 2), device=args.device)
-    mask = draw_masks("block", args.batch_size, grid, num_masked, min_block, args.device)
+    codes = torch.randint(vocab, (args.batch_size, args.grid ** 2), device=args.device)
+    mask = data.blockwise_mask(args.batch_size, args.grid, num_masked, min_block, device=args.device)
     return model, param_groups(model, 0.05), lambda net, imgs: net(imgs, codes, mask)[0]
 
 
 def beit_v2(args):
     """The student's step alone, with the class token's branch: random codes, no tokenizer."""
-    large, grid = args.img_size > 64, args.img_size // args.patch_size
+    large = args.img_size > 64
     vocab, num_masked, min_block = (8192, 75, 16) if large else (1024, 26, 4)
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="none", rel_pos="shared",
                   layer_scale=0.1)
     model = BEiTv2(encoder, vocab, num_masked, encoder.config["depth"] * 3 // 4)
-    codes = torch.randint(vocab, (args.batch_size, grid ** 2), device=args.device)
-    mask = data.blockwise_mask(args.batch_size, grid, num_masked, min_block, device=args.device)
+    codes = torch.randint(vocab, (args.batch_size, args.grid ** 2), device=args.device)
+    mask = data.blockwise_mask(args.batch_size, args.grid, num_masked, min_block, device=args.device)
     return model, param_groups(model, 0.05), lambda net, imgs: net(imgs, codes, mask)[0]
 
 
 def vqkd(args):
     """The tokenizer's step: quantizer and its update included, random features in the teacher's place."""
-    large, grid = args.img_size > 64, args.img_size // args.patch_size
+    large = args.img_size > 64
     encoder, width = ViT(args.img_size, args.patch_size, **SIZES[args.model]), SIZES[args.model]["embed_dim"]
     model = VQKD(encoder, *((8192, 32, 3) if large else (1024, 16, 1)), teacher_dim=width)
-    target = torch.randn(args.batch_size, grid ** 2, width, device=args.device)
+    target = torch.randn(args.batch_size, args.grid ** 2, width, device=args.device)
 
     def loss_of(net, imgs):
         loss, _, _, moments, _ = net(imgs, target)
@@ -118,7 +118,7 @@ def vqkd(args):
 def dvae(args):
     """The recipes' networks; --patch_size is the stride (112 px and 8 for DALL-E's)."""
     n_hid, vocab = (256, 8192) if args.img_size > 64 else (32, 512) if args.model == "micro" else (64, 1024)
-    model = DVAE(args.img_size // args.patch_size, args.patch_size, n_hid, 2, vocab)
+    model = DVAE(args.grid, args.patch_size, n_hid, 2, vocab)
     model.to(memory_format=torch.channels_last)
     tau, beta = (torch.full((), value, device=args.device) for value in (0.5, 6.6))
     return model, param_groups(model, 1e-4), lambda net, imgs: net(imgs.sigmoid(), tau, beta)[0]
@@ -126,30 +126,31 @@ def dvae(args):
 
 def cae(args):
     """The student's step alone: random codes, no tokenizer."""
-    large, grid = args.img_size > 64, args.img_size // args.patch_size
+    large = args.img_size > 64
     vocab, num_masked, min_block, depth = (8192, 98, 16, 4) if large else (1024, 32, 4, 2)
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="sincos", layer_scale=0.1)
     model = CAE(encoder, vocab, num_masked, depth, depth)
-    codes = torch.randint(vocab, (args.batch_size, grid ** 2), device=args.device)
-    mask = draw_masks("block", args.batch_size, grid, num_masked, min_block, args.device)
+    codes = torch.randint(vocab, (args.batch_size, args.grid ** 2), device=args.device)
+    mask = data.blockwise_mask(args.batch_size, args.grid, num_masked, min_block, device=args.device)
     return model, param_groups(model, 0.05, no_decay=()), lambda net, imgs: net(imgs, codes, mask)[0]
 
 
 def ibot(args):
     """Two global and ten local crops of 96 px; at 32 px six of 16. Teacher, centres and masks included."""
-    large, grid = args.img_size > 64, args.img_size // args.patch_size
+    large = args.img_size > 64
     hidden, out_dim, count, size = (2048, 8192, 10, 96) if large else (1024, 4096, 6, 16)
-    flags = argparse.Namespace(pred_ratio="0,0.3", pred_ratio_var="0,0.2", pred_shape="block")
+    flags = argparse.Namespace(pred_ratio=[0.0, 0.3], pred_ratio_var=[0.0, 0.2], pred_shape="block",
+                               grid=args.grid, device=args.device)
 
     def network():
-        backbone = ViT(args.img_size, args.patch_size, **SIZES[args.model])
-        return Network(backbone, Head(backbone.config["embed_dim"], hidden, 256, out_dim))
-    model = IBOT(network(), network(), most_hidden(flags, 2 * args.batch_size, grid))
+        encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model])
+        return Network(encoder, Head(encoder.config["embed_dim"], hidden, 256, out_dim))
+    model = IBOT(network(), network(), most_hidden(flags, 2 * args.batch_size))
     local = [torch.randn(args.batch_size, 3, size, size, device=args.device) for _ in range(count)]
     temp = torch.full((), 0.04, device=args.device)
 
     def loss_of(net, imgs):
-        mask = ibot_masks(flags, 2 * args.batch_size, grid, args.device)
+        mask = draw_masks(flags, 2 * args.batch_size)
         loss, _, means = net([imgs, imgs.flip(3)], local, mask, temp, temp)
         model.update(means, 0.996)
         return loss
@@ -357,7 +358,8 @@ def bench_jpeg(args, number=32):
 
 
 def main():
-    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="mae")
     parser.add_argument("--model", choices=SIZES, default="tiny")
     parser.add_argument("--img_size", type=int, default=32)
@@ -382,6 +384,7 @@ def main():
             data.stop("--dtype float16 is for GPUs: use --dtype bfloat16 on a CPU")
         if args.device == "cuda" and not torch.cuda.is_available():
             data.stop("--device cuda was asked for but torch sees no CUDA GPU")
+        args.grid = args.img_size // args.patch_size
         bench_steps(args)
 
 

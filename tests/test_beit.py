@@ -20,11 +20,20 @@ def tiny_beit(plain=False, vocab=64, num_masked=26, **options):
     return beit.BEiT(encoder, vocab, num_masked, **options)
 
 
+MASKS = SimpleNamespace(masking="block", grid=8, num_masked=26, min_block=4, device="cpu")
+
+
 def batch(B=4, vocab=64):
     g = torch.Generator().manual_seed(1)
     torch.manual_seed(1)
     return (torch.randn(B, 3, 32, 32, generator=g), torch.randint(vocab, (B, 64), generator=g),
-            beit.draw_masks("block", B, 8, 26, 4, "cpu"))
+            data.draw_masks(MASKS, B))
+
+
+def ours(arrays):
+    """Official names to ours: all but mask token and head belong to the encoder."""
+    return {name if name.startswith(("mask_token", "lm_head")) else f"encoder.{name}": value
+            for name, value in vit.official_state(arrays).items()}
 
 
 # ---- the official numbers ----
@@ -33,7 +42,7 @@ def batch(B=4, vocab=64):
 def test_official_logits_loss_and_gradients(golden, close):
     """Same weights, images, codes and masks: features, logits, loss, accuracy and gradients to 1e-5."""
     arrays, model = golden("beit"), tiny_beit()
-    model.load_state_dict(beit.official_names(golden("beit", "w/")))
+    model.load_state_dict(ours(golden("beit", "w/")))
     mask = arrays["mask"]
     h = model.hidden_states(arrays["x"], mask)
     close(h[0], arrays["features"][0, 1:])
@@ -42,7 +51,7 @@ def test_official_logits_loss_and_gradients(golden, close):
     close(loss, arrays["loss"], 1e-6)
     close(accuracy, arrays["acc"], 1e-6)
     loss.backward()
-    gradients, found = beit.official_names(golden("beit", "grad/")), dict(model.named_parameters())
+    gradients, found = ours(golden("beit", "grad/")), dict(model.named_parameters())
     assert len(gradients) > 30 and "encoder.rel_pos_bias.relative_position_bias_table" in gradients
     for name, gradient in gradients.items():
         close(found[name].grad, gradient)
@@ -51,7 +60,7 @@ def test_official_logits_loss_and_gradients(golden, close):
 def test_official_training_steps(golden, close):
     """Five AdamW steps with the official decay groups: losses, gradient norms, weights afterwards."""
     arrays, model = golden("beit"), tiny_beit()
-    model.load_state_dict(beit.official_names(golden("beit", "w/")))
+    model.load_state_dict(ours(golden("beit", "w/")))
     optimizer = torch.optim.AdamW(param_groups(model, 0.05), betas=(0.9, 0.999))
     for step in range(5):
         vit.set_lr(optimizer, arrays["step_lr"][step].item())
@@ -107,7 +116,7 @@ def test_masks(golden):
     """Exactly as many patches in every image; random ones anywhere, blocks as often as the official ones."""
     torch.manual_seed(0)
     for masking in ("block", "random"):
-        mask = beit.draw_masks(masking, 4000, 8, 26, 4, "cpu")
+        mask = data.draw_masks(SimpleNamespace(**vars(MASKS) | {"masking": masking}), 4000)
         assert mask.dtype == torch.bool and (mask.sum(1) == 26).all()
         share = mask.float().mean(0).view(8, 8)
         wanted = golden("beit")["mask_freq"] if masking == "block" else torch.full((8, 8), 26 / 64)
@@ -194,13 +203,22 @@ def test_features_are_of_the_block_three_quarters_up():
     assert torch.allclose(model.features(imgs), x[:, 1:].mean(1), atol=1e-6)
 
 
-def test_token_marginal():
-    """Entropy and largest share of the codes of some images, by counting."""
-    tokenizer, imgs = dvae.DVAE(grid=8, stride=4, n_hid=8, vocab=16), torch.rand(120, 3, 32, 32)
-    entropy, commonest = beit.token_marginal(tokenizer, imgs)
-    ids = tokenizer.tokens(imgs).flatten().tolist()
+def test_trivial_level_of_tokens():
+    """Entropy and largest share of the codes of some images, by counting; normalised pixels are refused."""
+    torch.manual_seed(0)
+    tokenizer, imgs = dvae.DVAE(grid=8, stride=4, n_hid=8, vocab=16), data.draw_shapes(120, 32, seed=0)[0]
+    ids = tokenizer.tokens(imgs / 255).flatten()
+    counts, ids = ids.bincount(minlength=16), ids.tolist()
     shares = [ids.count(k) / len(ids) for k in set(ids)]
-    assert entropy == pytest.approx(-sum(p * math.log(p) for p in shares)) and commonest == max(shares)
+    entropy = -sum(p * math.log(p) for p in shares)
+    assert data.code_entropy(counts) == pytest.approx(entropy) and len(shares) > 1
+    args = SimpleNamespace(**LINEAR, img_size=32, batch_size=50, epochs=1, max_steps=0)
+    source = data.Images(imgs, torch.zeros(120, dtype=torch.long), ["a"], (0.5,) * 3, (0.5,) * 3)
+    said = data.trivial_tokens(args, tokenizer, source, data.View(32, tokenizer_size=32))
+    assert f"ln 16 = {math.log(16):.3f};" in said
+    assert f"occurs {entropy:.3f}, accuracy of the commonest {max(shares):.3f}" in said
+    with pytest.raises(AssertionError, match="not normalised"):
+        data.trivial_tokens(args, tokenizer, source, data.View(32, count=2))
 
 
 # ---- training ----
@@ -230,20 +248,6 @@ def test_one_batch_is_overfitted(options):
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
 
 
-def test_the_step_compiles_once_without_graph_breaks():
-    """fullgraph: no break; other images, codes and masks: no recompilation."""
-    model, compiled = tiny_beit(), []
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph
-    net = torch.compile(model, fullgraph=True, backend=backend)
-    for seed in range(3):
-        mask = beit.draw_masks("block", 4, 8, 26, 4, "cpu")
-        net(torch.randn(4, 3, 32, 32), torch.randint(64, (4, 64)), mask)[0].backward()
-    assert len(compiled) == 1
-
-
 # ---- the tokenizer of a run ----
 
 
@@ -256,12 +260,12 @@ def write_tokenizer(path, grid=8):
 def test_the_tokenizer_is_found(tmp_path, monkeypatch):
     """The one that is named, else that of the same data set."""
     monkeypatch.chdir(tmp_path)
-    args = SimpleNamespace(tokenizer="", data="some/photos", device="cpu", compile=False)
+    args = SimpleNamespace(tokenizer="", data="some/photos", device="cpu", compile=False, grid=8)
     write_tokenizer(tmp_path / "out/dvae-photos/tokenizer.pt")
-    assert beit.prepare_tokenizer(args, 8).vocab == 16
+    assert beit.prepare_tokenizer(args).vocab == 16
     write_tokenizer(tmp_path / "other.pt", grid=4)
-    args.tokenizer = "other.pt"
-    assert beit.prepare_tokenizer(args, 4).img_size == 16
+    args.tokenizer, args.grid = "other.pt", 4
+    assert beit.prepare_tokenizer(args).img_size == 16
 
 
 @pytest.mark.parametrize("name, words", (
@@ -275,9 +279,9 @@ def test_a_tokenizer_that_does_not_fit(name, words, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {}, "config": {}, "method": "mae"}, "encoder.pt")
     write_tokenizer(tmp_path / "coarse.pt", grid=4)
-    args = SimpleNamespace(tokenizer=name, data="cifar10", device="cpu", compile=False)
+    args = SimpleNamespace(tokenizer=name, data="cifar10", device="cpu", compile=False, grid=8)
     with pytest.raises(SystemExit) as stopped:
-        beit.prepare_tokenizer(args, 8)
+        beit.prepare_tokenizer(args)
     said = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 2 and len(said) == 1 and words in said[0]
 
@@ -335,9 +339,7 @@ def test_fine_tuning_copies_the_shared_table_into_every_block(tmp_path):
     """Each block trains its own copy; mean pooling, a fresh fc_norm and head in the place of `norm`."""
     encoder = encoder_file(tmp_path / "encoder.pt")
     args = SimpleNamespace(init=str(tmp_path / "encoder.pt"), img_size=32, mode="finetune", drop_path=0.0,
-                           half_stats=False, num_heads=0)
-    for name, value in data.COMMON.items():
-        setattr(args, name, getattr(args, name, value[0]))
+                           half_stats=False, num_heads=0, batch_size=512, accum_steps=1)
     model, _ = vit.build(args, 10, "mean")
     tables = [block.rel_pos_bias.relative_position_bias_table for block in model.blocks]
     assert len({id(table) for table in tables}) == 3 and model.rel_pos_bias is None
@@ -351,7 +353,7 @@ def test_fine_tuning_copies_the_shared_table_into_every_block(tmp_path):
         assert torch.equal(frozen.forward_features(imgs), encoder.forward_features(imgs))
 
 
-LINEAR = dict(mode="linear", layers="all", blrs="0.1,1", optimizer="sgd", device="cpu", amp="none")
+LINEAR = dict(mode="linear", layers="all", blrs=[0.1, 1.0], optimizer="sgd", device="cpu", amp="none")
 
 
 def test_probes_of_all_layers(close):

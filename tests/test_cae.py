@@ -21,10 +21,14 @@ def tiny_cae(vocab=96, num_masked=32, **options):
     return cae.CAE(encoder, vocab, num_masked, **dict(regressor_depth=2, decoder_depth=2) | options)
 
 
+def masks(B, num_masked=32, masking="block"):
+    args = SimpleNamespace(masking=masking, grid=8, num_masked=num_masked, min_block=4, device="cpu")
+    return data.draw_masks(args, B)
+
+
 def batch(B=4, vocab=96):
     torch.manual_seed(1)
-    return (torch.randn(B, 3, 32, 32), torch.randint(vocab, (B, 64)),
-            cae.draw_masks("block", B, 8, 32, 4, "cpu"))
+    return torch.randn(B, 3, 32, 32), torch.randint(vocab, (B, 64)), masks(B)
 
 
 def ours(arrays):
@@ -152,7 +156,7 @@ def test_official_initialisation_and_groups():
 
 def test_split_of_a_mask():
     """Hidden and visible numbers, each in raster order, none twice."""
-    mask = cae.draw_masks("random", 5, 8, 20, 4, "cpu")
+    mask = masks(5, 20, "random")
     hidden, visible = cae.split_ids(mask, 20)
     for b in range(5):
         assert hidden[b].tolist() == [i for i in range(64) if mask[b, i]]
@@ -271,20 +275,6 @@ def test_one_batch_is_overfitted(options):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
-
-
-def test_the_step_compiles_once_without_graph_breaks():
-    """fullgraph: no break; other images, codes and masks: no recompilation."""
-    model, compiled = tiny_cae(), []
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph
-    net = torch.compile(model, fullgraph=True, backend=backend)
-    for _ in range(3):
-        mask = cae.draw_masks("block", 4, 8, 32, 4, "cpu")
-        net(torch.randn(4, 3, 32, 32), torch.randint(96, (4, 64)), mask)[0].backward()
-    assert len(compiled) == 1
 
 
 def test_pictures_of_both_targets(tmp_path):

@@ -1,18 +1,23 @@
-"""data.py against slow and obvious references: what is on disk (sets) and what a model is shown (views).
+"""data.py against slow and obvious references: what is on disk (sets), what a model is shown (views), and
+what the flags of a run become (recipes).
 
 The references handle one image, one pixel or one block at a time, or are Pillow's own operations. Statistics
 are taken with fixed seeds, so that a test passes always or never.
 """
 import argparse
 import colorsys
+import contextlib
 import hashlib
 import http.server
 import io
+import json
 import math
 import os
 import pickle
 import random
 import shutil
+import signal
+import subprocess
 import sys
 import tarfile
 import threading
@@ -28,7 +33,14 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import beit  # noqa: E402
+import beit_v2  # noqa: E402
+import cae  # noqa: E402
 import data  # noqa: E402
+import dvae  # noqa: E402
+import ibot  # noqa: E402
+import mae  # noqa: E402
+import vit  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -149,41 +161,27 @@ def test_resize_is_antialiased_and_clamped():
     assert 0 <= data.resize(imgs, 90).min() and data.resize(imgs, 90).max() <= 1
 
 
-def test_pad_and_crop_cuts_every_window_equally_often():
-    """Each output is one of the 25 windows of its own padded image, and all 25 places occur about equally
-    often."""
-    torch.manual_seed(0)
-    imgs = noise_images(2000, 6, 7) + 0.01  # no black pixel: a window is found at one place
-    out = data.pad_and_crop(imgs, 2)
-    padded = F.pad(imgs, (2, 2, 2, 2))
-    found = torch.stack([(out == padded[:, :, y:y + 6, x:x + 7]).flatten(1).all(1)
-                         for y in range(5) for x in range(5)])
-    assert (found.sum(0) == 1).all()
-    assert found.sum(1).min() > 50 and found.sum(1).max() < 115  # 80 expected
-
-
-def test_random_flip_flips_whole_images():
+def test_sometimes_flips_whole_images():
     """Every image is itself or its mirror image, mirrored with the given probability."""
     torch.manual_seed(0)
     imgs = noise_images(2000, 3, 4)
-    out = data.random_flip(imgs, 0.3)
+    out = data.sometimes(imgs, 0.3, imgs.flip(-1))
     flipped = (out == imgs.flip(-1)).flatten(1).all(1)
     assert (flipped | (out == imgs).flatten(1).all(1)).all() and abs(flipped.float().mean() - 0.3) < 0.03
-    assert torch.equal(data.random_flip(imgs, 0.0), imgs)
-    assert torch.equal(data.random_flip(imgs, 1.0), imgs.flip(-1))
+    assert torch.equal(data.sometimes(imgs, 0.0, imgs.flip(-1)), imgs)
+    assert torch.equal(data.sometimes(imgs, 1.0, imgs.flip(-1)), imgs.flip(-1))
 
 
 # ---- colours ----
 
-@pytest.mark.parametrize("ours, theirs", [
-    (data.brightness, ImageEnhance.Brightness), (data.contrast, ImageEnhance.Contrast),
-    (data.saturation, ImageEnhance.Color), (data.sharpness, ImageEnhance.Sharpness)])
-def test_blends_are_those_of_pillow(ours, theirs):
-    """Brightness, contrast, saturation and sharpness with a factor for each image, within Pillow's
+@pytest.mark.parametrize("kind", ["brightness", "contrast", "color", "sharpness"])
+def test_blends_are_those_of_pillow(kind):
+    """Brightness, contrast, colour and sharpness with a factor for each image, within Pillow's
     rounding."""
     factors = [0.0, 0.3, 1.0, 1.4, 1.9]
     imgs = torch.cat([noise_images(3, 12, 15), smooth_images(2, 12)[:, :, :, [0, *range(12), 11, 11]]])
-    for img, factor, out in zip(imgs, factors, ours(imgs, torch.tensor(factors))):
+    theirs = getattr(ImageEnhance, kind.capitalize())
+    for img, factor, out in zip(imgs, factors, data.blend(imgs, kind, torch.tensor(factors))):
         assert levels_apart(out, from_pillow(theirs(to_pillow(img)).enhance(factor))) <= 2
 
 
@@ -204,8 +202,9 @@ def jitter_one(img, strengths, factors, order):
     """Colour jitter of one image, operation after operation."""
     for k in order:
         if k >= 0 and strengths[k]:
-            operation = (data.brightness, data.contrast, data.saturation, data.hue)[k]
-            img = operation(img[None], torch.tensor([factors[k]]))[0]
+            factor = torch.tensor([factors[k]])
+            img = data.hue(img[None], factor)[0] if k == 3 else \
+                data.blend(img[None], ("brightness", "contrast", "color")[k], factor)[0]
     return img
 
 
@@ -240,12 +239,12 @@ def test_color_jitter_draws_factors_over_the_whole_range():
     assert torch.equal(data.color_jitter(imgs, (0.4, 0.4, 0.4, 0.1), prob=0.0), imgs)
 
 
-def test_random_grayscale_is_pillows_l():
+def test_sometimes_grey_is_pillows_l():
     """Grey images have three equal channels, those of Image.convert("L"), and occur with the given
     probability."""
     torch.manual_seed(0)
     imgs = noise_images(1500, 4, 4)
-    out = data.random_grayscale(imgs, 0.2)
+    out = data.sometimes(imgs, 0.2, data.luma(imgs))
     gray = (out[:, 0] == out[:, 1]).flatten(1).all(1) & (out[:, 0] == out[:, 2]).flatten(1).all(1)
     assert torch.equal(out[~gray], imgs[~gray]) and abs(gray.float().mean() - 0.2) < 0.03
     for img, wanted in zip(out[gray][:20], imgs[gray]):
@@ -317,7 +316,7 @@ def test_each_rand_augment_op_is_pillows(name):
         imgs[4, 1] = 0.5                                        # a channel of one level only
     imgs = (imgs * 255).round() / 255
     levels = [-0.9, 0.9, 0.35, -0.05, 1.0, -0.62]
-    out = data.augment_op(imgs, name, torch.tensor(levels))
+    out = data.RAND_AUGMENT[name](imgs, torch.tensor(levels))
     assert out.min() >= 0 and out.max() <= 1
     exact = ("equalize", "invert", "posterize", "solarize", "solarize_add")
     for img, level, got in zip(imgs, levels, out):
@@ -331,20 +330,23 @@ def test_each_rand_augment_op_is_pillows(name):
 
 def test_movements_fill_with_the_mean_colour():
     """What a shift uncovers has ImageNet's mean colour."""
-    out = data.augment_op(torch.ones(1, 3, 20, 20), "translate_x", torch.tensor([-1.0]))
+    out = data.RAND_AUGMENT["translate_x"](torch.ones(1, 3, 20, 20), torch.tensor([-1.0]))
     assert (out[0, :, 5, 2] * 255).round().tolist() == [124, 116, 104] and out[0, 0, 5, 15] == 1
 
 
 def test_rand_augment_draws_ops_and_levels_as_timm_does(monkeypatch):
     """Two draws an image, each applied with probability 1/2, all 15 operations equally often, levels
     clip(N(9, .5))/10 with either sign. (Counted around the true operation.)"""
-    seen, true_op = [], data.augment_op
+    seen = []
 
-    def counting(imgs, name, level):
-        seen.extend((name, v) for v in level.tolist())
-        return true_op(imgs, name, level)
+    def counting(name, true_op):
+        def operation(imgs, level):
+            seen.extend((name, v) for v in level.tolist())
+            return true_op(imgs, level)
+        return operation
 
-    monkeypatch.setattr(data, "augment_op", counting)
+    assert len(data.RAND_AUGMENT) == 15
+    monkeypatch.setattr(data, "RAND_AUGMENT", {k: counting(k, op) for k, op in data.RAND_AUGMENT.items()})
     torch.manual_seed(0)
     imgs = noise_images(6000, 4, 4)
     out = data.rand_augment(imgs)
@@ -411,14 +413,36 @@ def test_mixup_targets_are_the_official_ones(monkeypatch):
     assert abs(F.cross_entropy(logits, targets) - golden["ls_ce"]) < 1e-5
 
 
-def test_cutmix_boxes_are_the_official_ones():
+def cutmix_box(H, W, lam, centre, monkeypatch):
+    """What CutMix makes of a drawn lambda and centre, read off two plain images, one black and one white.
+    -> (top, bottom, left, right), the label's share, in double precision"""
+    draws = iter(centre)
+    imgs = torch.stack([torch.zeros(3, H, W), torch.ones(3, H, W)])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributions.Beta, "sample", lambda self: torch.tensor(lam, dtype=torch.double))
+        patch.setattr(torch, "randint", lambda high, size: torch.tensor(next(draws)))
+        torch.set_default_dtype(torch.double)
+        try:
+            mixed, targets = data.mixup_cutmix(imgs, torch.arange(2), 2, mixup=0.0, cutmix=1.0, smoothing=0.0)
+        finally:
+            torch.set_default_dtype(torch.float)
+    rows, cols = mixed[0, 0].any(1).nonzero(), mixed[0, 0].any(0).nonzero()
+    box = rows.min().item(), rows.max().item() + 1, cols.min().item(), cols.max().item() + 1
+    assert mixed[0].sum() == 3 * (box[1] - box[0]) * (box[3] - box[2]) and torch.equal(mixed[1], 1 - mixed[0])
+    return box, targets[0, 0].item()
+
+
+def test_cutmix_boxes_are_the_official_ones(monkeypatch):
     """Four golden boxes, two of them clipped, and the lambda that is corrected for the clipped part."""
     golden, centres = np.load(GOLDEN / "mix.npz"), [(10, 24), (25, 3), (24, 8), (0, 21)]
     boxes, true_lams = golden["cutmix_boxes_yl_yh_xl_xh"], golden["cutmix_lam_out"]
     for lam, centre, box, true_lam in zip(golden["cutmix_lam_in"], centres, boxes, true_lams):
-        (top, bottom, left, right), got = data.cutmix_box(32, 32, lam, centre)
-        assert [top, bottom, left, right] == box.tolist() and abs(got - true_lam) < 1e-9
-    assert data.cutmix_box(30, 40, 0.5, (15, 20)) == ((5, 25, 6, 34), 1 - 20 * 28 / 1200)  # 21 cut to 20
+        found, got = cutmix_box(32, 32, float(lam), centre, monkeypatch)
+        assert list(found) == box.tolist() and abs(got - true_lam) < 1e-9
+        sides = [data.cutmix_side(32, place, float(lam)) for place in centre]
+        assert [edge for side in sides for edge in (side.start, side.stop)] == box.tolist()
+    box, share = cutmix_box(30, 40, 0.5, (15, 20), monkeypatch)
+    assert (box, share) == ((5, 25, 6, 34), 1 - 20 * 28 / 1200)                     # 21 cut to 20
 
 
 def test_cutmix_targets_count_the_pixels():
@@ -453,8 +477,11 @@ def test_mixup_and_cutmix_take_turns():
     assert abs(len(cut) / 1500 - 0.5) < 0.04
     assert largest_gap(blended, np.random.default_rng(0).beta(0.4, 0.4, 5000)) < 0.06
     rng = random.Random(0)
-    wanted = [data.cutmix_box(64, 64, rng.betavariate(3, 3), (rng.randrange(64), rng.randrange(64)))[1]
-              for _ in range(5000)]
+    wanted = []
+    for _ in range(5000):
+        lam, y, x = rng.betavariate(3, 3), rng.randrange(64), rng.randrange(64)
+        rows, cols = (data.cutmix_side(64, place, lam) for place in (y, x))
+        wanted.append(1 - (rows.stop - rows.start) * (cols.stop - cols.start) / 64 ** 2)
     assert largest_gap(cut, wanted) < 0.06
 
 
@@ -494,7 +521,7 @@ def test_erasing_is_kept_from_the_tokenizer():
 def test_several_crops_show_the_same_image():
     """Two large and three small crops of each image come in order, all of that image and all different."""
     torch.manual_seed(0)
-    views = [data.View(16, count=2, scale=(0.3, 1.0)), data.View(8, count=3, scale=(0.05, 0.3))]
+    views = [data.View(16, scale=(0.3, 1.0))] * 2 + [data.View(8, scale=(0.05, 0.3))] * 3
     crops = data.crop_in_memory(torch.arange(20)[:, None, None, None].expand(20, 3, 32, 32).byte(), views)
     assert [tuple(c.shape) for c in crops] == [(20, 3, 16, 16)] * 2 + [(20, 3, 8, 8)] * 3
     for crop in crops:
@@ -505,16 +532,12 @@ def test_several_crops_show_the_same_image():
 
 
 def test_a_plain_view_shows_the_whole_image():
-    """Without scale the image comes as it is, resized, or padded and cropped, and normalised."""
+    """Without scale the image comes as it is, or resized, and normalised."""
     imgs = (noise_images(5, 12, 12) * 255).round().byte()
     (plain,) = data.make_views(data.crop_in_memory(imgs, [data.View(12)]), [data.View(12)], *STATS)
     torch.testing.assert_close(denormalise(plain), imgs / 255, atol=1e-6, rtol=0)
     (resized,) = data.crop_in_memory(imgs, [data.View(8)])
     torch.testing.assert_close(resized, data.resize(imgs / 255, 8))
-    torch.manual_seed(0)
-    (padded,) = data.crop_in_memory(imgs, [data.View(12, pad=4)])
-    torch.manual_seed(0)
-    torch.testing.assert_close(padded, data.pad_and_crop(imgs / 255, 4))
 
 
 @pytest.mark.parametrize("change, share", [
@@ -600,7 +623,7 @@ SETTINGS = [(14, 75, 16), (8, 26, 4), (8, 32, 4), (14, 118, 16)]
 @pytest.mark.parametrize("exact", [True, False])
 def test_blockwise_mask_is_distributed_as_the_published_algorithm(grid, num, low, exact):
     """2000 masks against 2000 of the sequential algorithm: frequency of every position, adjacency, hidden
-    patches (the last would tell if MASK_TRIES cut masks short)."""
+    patches (the last would tell if its 64 tries cut masks short)."""
     torch.manual_seed(0)
     ours = data.blockwise_mask(2000, grid, num, low, exact=exact).view(-1, grid, grid)
     theirs = reference_masks(2000, grid, num, low, exact)
@@ -642,7 +665,48 @@ def test_blockwise_mask_makes_thousands_of_masks_in_one_call():
         sys.setprofile(None)
         calls[B] = events.count("c_call")
     assert mask.shape == (4096, 196) and mask.dtype == torch.bool and len(mask.unique(dim=0)) == 4096
-    assert calls[2] == calls[4096] > data.MASK_TRIES
+    assert calls[2] == calls[4096] > 64
+
+
+@pytest.mark.parametrize("masking", ["block", "random"])
+def test_draw_masks_hides_the_asked_patches(masking):
+    """Exactly --num_masked patches of every image: the block masks above, or single patches, every place
+    equally often and without more neighbours than chance has."""
+    args = make_args(masking=masking, grid=8, num_masked=26, min_block=4)
+    torch.manual_seed(0)
+    masks = data.draw_masks(args, 3000)
+    assert masks.shape == (3000, 64) and masks.dtype == torch.bool and (masks.sum(1) == 26).all()
+    torch.manual_seed(0)
+    if masking == "block":
+        assert torch.equal(masks, data.blockwise_mask(3000, 8, 26, 4))
+    else:
+        assert (masks.float().mean(0) - 26 / 64).abs().max() < 0.04     # its standard deviation is 0.009
+        assert abs(neighbours(masks.view(-1, 8, 8)) / (112 * 26 / 64 * 25 / 63) - 1) < 0.02
+
+
+# ---- pictures ----
+
+def test_hidden_patches_are_grey():
+    """`hide` shows the patches of a mask in grey, all other pixels as they are, and the mask in pixels."""
+    imgs, mask = noise_images(2, 12, 12), noise_images(2, 1, 3).flatten(1) < 0.5
+    shown_imgs, pixels = data.hide(imgs, mask)
+    assert pixels.shape == (2, 1, 12, 12)
+    for b, y, x in np.ndindex(2, 12, 12):
+        hidden = mask[b, y // 4 * 3 + x // 4]
+        assert pixels[b, 0, y, x] == hidden
+        assert torch.equal(shown_imgs[b, :, y, x], torch.full((3,), 0.5) if hidden else imgs[b, :, y, x])
+
+
+def test_patches_come_with_their_surroundings():
+    """`patches_around` cuts every patch with a patch's width around it, in raster order, image after image,
+    mirrored at the border."""
+    imgs, p = noise_images(2, 12, 12), 4
+    found = data.patches_around(imgs, p)
+    assert found.shape == (18, 3, 12, 12)
+    mirrored = [abs(i) if i < 12 else 22 - i for i in range(-p, 12 + p)]
+    for n, (b, row, col) in enumerate(np.ndindex(2, 3, 3)):
+        rows, cols = mirrored[p * row:p * (row + 3)], mirrored[p * col:p * (col + 3)]
+        assert torch.equal(found[n], imgs[b][:, rows][:, :, cols])
 
 
 # ---- sets: shapes and CIFAR ----
@@ -744,7 +808,7 @@ def test_cifar_in_both_layouts(name, binary, packed, large_path, monkeypatch):
         shutil.rmtree(folder)
         entries = list(data.ARCHIVES[name])
         entries[0 if binary else 1] = described(path, folder.name)
-        entries[1 if binary else 0].hosts = ()
+        entries[1 if binary else 0] = entries[1 if binary else 0]._replace(hosts=())
         monkeypatch.setitem(data.ARCHIVES, name, tuple(entries))
     train, val = data.load_sets(make_args(data=name, data_dir=str(large_path)))
     kinds = 10 if name == "cifar10" else 100
@@ -855,12 +919,12 @@ def test_class_folders(tmp_path):
     (root / "train" / "README").write_text("no folder")
     shutil.rmtree(root / "val" / "cat")                         # a validation set may lack a class
     train, val = data.load_sets(make_args(data=str(root)))
-    assert train.classes == ["cat", "dog"] and train.mean == data.IMAGENET_STATS[0]
+    assert train.classes == ["cat", "dog"] and train.mean == data.STATS["imagenet"][0]
     assert train.labels.tolist() == [0] * 6 + [1] * 6 and val.labels.tolist() == [1, 1]
-    assert [Path(p).name for p in train.paths[:6]] == [f"{i}.jpg" for i in range(6)]
+    assert [Path(p).name for p in train.imgs[:6]] == [f"{i}.jpg" for i in range(6)]
     held = data.load_sets(make_args(data=str(root), holdout=4))
-    assert sorted(held[0].paths + held[1].paths) == sorted(train.paths) and len(held[1]) == 4
-    assert all(Path(p).parent.name == held[1].classes[y] for p, y in zip(held[1].paths, held[1].labels))
+    assert sorted(held[0].imgs + held[1].imgs) == sorted(train.imgs) and len(held[1]) == 4
+    assert all(Path(p).parent.name == held[1].classes[y] for p, y in zip(held[1].imgs, held[1].labels))
     os.rename(root, tmp_path / "imagenet")
     assert len(data.load_sets(make_args(data="imagenet", data_dir=str(tmp_path)))[0]) == 12
 
@@ -870,7 +934,7 @@ def test_plain_class_folders_need_a_holdout(tmp_path, capsys):
     root = write_folders(tmp_path) / "train"
     assert "--holdout 1 " in said(capsys, data.load_sets, make_args(data=str(root)))
     train, val = data.load_sets(make_args(data=str(root), holdout=3))
-    assert (len(train), len(val)) == (9, 3) and not set(train.paths) & set(val.paths)
+    assert (len(train), len(val)) == (9, 3) and not set(train.imgs) & set(val.imgs)
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -922,7 +986,7 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     Server.files, Server.asked = {}, []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}"
         httpd.shutdown()
 
@@ -1058,18 +1122,29 @@ def test_a_damaged_archive_is_refused(damage, tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == ["a.tar.gz"]
 
 
-@pytest.mark.parametrize("file, name, content", [
-    *((file, name, b"!") for file in ("a.tar.gz", "a.zip")
-      for name in ("../evil.txt", "set/../../evil.txt", "/tmp/evil.txt")),
-    ("a.tar.gz", "set/link", None)])  # of a zip's links our reader makes plain files
-def test_an_archive_cannot_leave_its_folder(file, name, content, tmp_path, capsys):
-    """Entries with ../, absolute names and links end in one sentence, with nothing unpacked anywhere."""
+@pytest.mark.parametrize("name, content", [("../evil.txt", b"!"), ("set/../../evil.txt", b"!"),
+                                           ("set/link", None)])
+def test_a_tar_that_leaves_its_folder_is_refused(name, content, tmp_path, capsys):
+    """Entries with ../ and links end in one sentence, with nothing unpacked anywhere."""
+    file = "a.tar.gz"
     (tmp_path / "sets").mkdir()
     path = pack(tmp_path / "sets" / file, [("set/one.bin", b"1"), (name, content)])
     text = said(capsys, data.unpack, path, tmp_path / "sets" / "set")
     assert repr(name) in text and str(path) in text
     assert os.listdir(tmp_path / "sets") == [file] and os.listdir(tmp_path) == ["sets"]
-    assert not Path("/tmp/evil.txt").exists()
+
+
+@pytest.mark.parametrize("file, name", [
+    *(("a.zip", name) for name in ("../evil.txt", "set/../../evil.txt", "/tmp/evil.txt")),
+    ("a.tar.gz", "/tmp/evil.txt")])
+def test_what_leaves_its_folder_is_not_unpacked(file, name, tmp_path):
+    """Of a zip the entries with ../, and of both kinds those with absolute names, are left out: the set is
+    whole, and nothing lies beside it."""
+    (tmp_path / "sets").mkdir()
+    path = pack(tmp_path / "sets" / file, [("set/one.bin", b"1"), (name, b"!")])
+    data.unpack(path, tmp_path / "sets" / "set")
+    assert sorted(os.listdir(tmp_path / "sets")) == [file, "set"] and os.listdir(tmp_path) == ["sets"]
+    assert os.listdir(tmp_path / "sets" / "set") == ["one.bin"] and not Path("/tmp/evil.txt").exists()
 
 
 @pytest.mark.parametrize("file", ["a.tar.gz", "a.zip"])
@@ -1108,11 +1183,13 @@ def test_crop_file_is_pillows_crop_and_resize(tmp_path):
     """Without anything to shrink in the decoder, a streamed crop is Pillow's bicubic resize of its box, to
     two levels of 255."""
     write_image(tmp_path / "a.png", 1, (50, 40))
-    view = data.View(24, count=2, scale=(0.3, 1.0))
+    view = data.View(24, scale=(0.3, 1.0))
     torch.manual_seed(0)
-    crops = data.crop_file(tmp_path / "a.png", [view])
+    crops = data.crop_file(tmp_path / "a.png", [view, view])
     torch.manual_seed(0)
-    for crop, (top, left, h, w) in zip(crops, data.random_boxes(2, 40, 50, view.scale, view.ratio).tolist()):
+    assert len(crops) == 2
+    for crop in crops:
+        top, left, h, w = data.random_boxes(1, 40, 50, view.scale, view.ratio)[0].tolist()
         with Image.open(tmp_path / "a.png") as img:
             wanted = img.resize((24, 24), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
         difference = (crop.int() - torch.from_numpy(np.array(wanted)).permute(2, 0, 1).int()).abs()
@@ -1132,7 +1209,8 @@ def test_draft_is_close_to_the_full_decode(W, H, tmp_path, monkeypatch):
     """Letting the JPEG decoder shrink changes a crop by little, shrinks indeed, and never below the size of
     the crop."""
     write_image(tmp_path / "a.jpg", 2, (W, H), quality=95)
-    views, decoded, draft = [data.View(48, count=3, scale=(0.5, 1.0)), data.View(80)], [], JpegImageFile.draft
+    views, decoded = [data.View(48, scale=(0.5, 1.0))] * 3 + [data.View(80)], []
+    draft = JpegImageFile.draft
 
     def noting(self, mode, size):
         result = draft(self, mode, size)
@@ -1166,9 +1244,25 @@ AUGMENTED = [data.View(16, count=2, scale=(0.3, 1.0), flip=0.5, jitter=(0.4, 0.4
              data.View(8, scale=(0.1, 0.3))]
 
 
+class Net:
+    """In the place of a network under DDP: notes when the ranks do not add up their gradients."""
+    alone = False
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self.alone = True
+        yield
+        self.alone = False
+
+
 def all_batches(loader, start=0):
     """{step: [(views, labels) of each part]}, with the number that the step's own code would draw next."""
-    return {step: [(*part, torch.rand(1)) for part in parts] for step, parts in loader.steps(start)}
+    return {step: [(*part, torch.rand(1)) for part in parts] for step, parts in loader.steps(start, Net())}
+
+
+def numbers(loader, step):
+    """Numbers of the images of a step, taken in one part on one rank."""
+    return list(loader.order(0))[step][0]
 
 
 def assert_same(some, others):
@@ -1208,7 +1302,7 @@ def test_streamed_labels_belong_to_their_images(pets):
     source = data.load_sets(args)[0]
     batches = list(data.Loader(args, source, [data.View(16)], train=False))
     imgs, labels = torch.cat([views[0] for views, _ in batches]), torch.cat([y for _, y in batches])
-    wanted = torch.stack([data.crop_file(p, [data.View(16)])[0] for p in source.paths]) / 255
+    wanted = torch.stack([data.crop_file(p, [data.View(16)])[0] for p in source.imgs]) / 255
     assert torch.equal(labels, source.labels)
     torch.testing.assert_close(data.to_pixels(imgs, source), wanted, atol=1e-5, rtol=0)
     for ((imgs,), labels, _), in all_batches(data.Loader(args, source, [data.View(16)])).values():
@@ -1225,13 +1319,13 @@ def test_an_epoch_gives_an_image_new_crops(workers, pets):
     source = data.load_sets(args)[0]
     view = [data.View(16, scale=(0.2, 0.6))]
     loader = data.Loader(args, source, view)
-    epochs = [views[0][loader.index_of(step)[0].argsort()]      # in the order of the files
+    epochs = [views[0][numbers(loader, step).argsort()]      # in the order of the files
               for step, ((views, _, _),) in all_batches(loader).items()]
     assert len(epochs) == 3 and (epochs[0] != epochs[1]).flatten(1).any(1).all()
     half = make_args(data=str(pets), batch_size=6, epochs=1, num_workers=workers)
     loader = data.Loader(half, source, view)
     halves = torch.cat([parts[0][0][0] for parts in all_batches(loader).values()])
-    order = torch.cat([loader.index_of(0)[0], loader.index_of(1)[0]])
+    order = torch.cat([numbers(loader, 0), numbers(loader, 1)])
     assert torch.equal(halves[order.argsort()], epochs[0])
 
 
@@ -1245,18 +1339,18 @@ def test_a_corrupt_jpeg_is_replaced_in_training(content, workers, tmp_path, capf
     source = data.load_sets(args)[0]
     view = [data.View(16)]
     whole = all_batches(data.Loader(args, source, view))
-    broken = Path(source.paths[2])
+    broken = Path(source.imgs[2])
     broken.write_bytes(broken.read_bytes()[:400] if content == "truncated" else content)
     loader = data.Loader(args, source, view)
     damaged = all_batches(loader)
     text = capfd.readouterr().err
     assert loader.skipped == {2} and text.count(str(broken)) == 1 and "(1 so far)" in text
     for step, ((views, labels, _),) in damaged.items():
-        order = loader.index_of(step)[0]
+        order = numbers(loader, step)
         for img, wanted, i in zip(views[0], whole[step][0][0][0], order.tolist()):
             assert torch.equal(img, wanted) == (i != 2)
     first_epoch = {i: img for step in (0, 1)
-                   for i, img in zip(loader.index_of(step)[0].tolist(), damaged[step][0][0][0])}
+                   for i, img in zip(numbers(loader, step).tolist(), damaged[step][0][0][0])}
     assert torch.equal(first_epoch[2], first_epoch[3])
 
 
@@ -1265,10 +1359,10 @@ def test_a_replacement_brings_its_own_label(tmp_path, capfd):
     root = write_folders(tmp_path)
     args = make_args(data=str(root), batch_size=12, epochs=1)
     source = data.load_sets(args)[0]
-    Path(source.paths[5]).write_bytes(b"")
+    Path(source.imgs[5]).write_bytes(b"")
     loader = data.Loader(args, source, [data.View(16)])
     (((_, labels, _),),) = all_batches(loader).values()
-    assert labels[loader.index_of(0)[0].argsort()].tolist() == [0] * 5 + [1] * 7
+    assert labels[numbers(loader, 0).argsort()].tolist() == [0] * 5 + [1] * 7
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1277,8 +1371,8 @@ def test_a_corrupt_jpeg_ends_an_evaluation(workers, tmp_path, capsys):
     root = write_folders(tmp_path, each=1)
     args = make_args(data=str(root), num_workers=workers)
     val = data.load_sets(args)[1]
-    Path(val.paths[3]).write_bytes(b"")
-    assert val.paths[3] in said(capsys, lambda: list(data.Loader(args, val, [data.View(16)], train=False)))
+    Path(val.imgs[3]).write_bytes(b"")
+    assert val.imgs[3] in said(capsys, lambda: list(data.Loader(args, val, [data.View(16)], train=False)))
 
 
 def test_an_unreadable_small_image_is_named(tmp_path, capsys):
@@ -1298,7 +1392,7 @@ def numbered(n):
 def shown(loader, start=0):
     """{step: [numbers of the images of each part]}, read from the pixels and compared with the labels."""
     result = {}
-    for step, parts in loader.steps(start):
+    for step, parts in loader.steps(start, Net()):
         result[step] = []
         for (imgs,), labels in parts:
             assert torch.equal((imgs[:, 0, 0, 0] * 255).round().long(), labels)
@@ -1396,3 +1490,283 @@ def test_evaluation_of_files_over_ranks(pets, monkeypatch):
         monkeypatch.setenv("RANK", str(r))
         seen += torch.cat([y for _, y in data.Loader(args, source, [data.View(16)], train=False)]).tolist()
     assert sorted(seen) == list(range(12))
+
+
+@pytest.mark.parametrize("ranks, wanted", [(1, [False] * 4), (2, [True, True, True, False])])
+def test_the_ranks_meet_in_the_last_part(ranks, wanted, monkeypatch):
+    """Under torchrun the forward and backward passes of all parts but the last lie in net.no_sync(), those of
+    the last do not; a single process never calls it."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    net, loader = Net(), data.Loader(make_args(accum_steps=4), numbered(16), [data.View(8)])
+    found = [[net.alone for _ in parts] + [net.alone] for _, parts in loader.steps(0, net)]
+    assert found == [[*wanted, False]] * 4
+
+
+def test_steps_end_after_a_signal():
+    """Once the log has noted a signal in loader.interrupted, no further step comes."""
+    loader, steps = data.Loader(make_args(), numbered(40), [data.View(8)]), []
+    for step, parts in loader.steps(0, Net()):
+        steps.append((step, len(list(parts))))
+        loader.interrupted = step == 2
+    assert steps == [(0, 1), (1, 1), (2, 1)]
+
+
+# ---- flags and recipes ----
+
+COMMON = data.merge(*data.COMMON.values())
+SCRIPTS = {"data": (), "mae": (mae.RECIPE,), "beit": (beit.RECIPE,), "cae": (cae.RECIPE,),
+           "dvae": (dvae.RECIPE,), "ibot": (ibot.RECIPE,),
+           "beit_v2 tokenizer": (beit_v2.SHARED, beit_v2.PRETRAIN, beit_v2.TOKENIZER),
+           "beit_v2 pretrain": (beit_v2.SHARED, beit_v2.TOKENIZER, beit_v2.PRETRAIN),
+           **{f"vit {mode}": tables for mode, tables in vit.RECIPES.items()}}
+
+
+def parse(words, *tables):
+    """The flags of a script for a command line in one string."""
+    return data.parse_args("A script.", *tables, words=words.split(), folder="out/test")
+
+
+def cells_of(values):
+    """All single values of a row, of every column and model."""
+    columns = values if isinstance(values, tuple) else (values,)
+    return [v for cell in columns for v in (cell.values() if isinstance(cell, dict) else [cell])]
+
+
+def in_range(value, allowed=None):
+    """Is a default one of the choices, or in the interval, as a typed value must be?"""
+    if isinstance(allowed, tuple):
+        return value in allowed
+    if isinstance(value, list):
+        return len(value) > 0 and all(in_range(v, allowed) for v in value)
+    if type(value) in (int, float):                             # every number has an interval
+        return data.within(type(value), allowed)(repr(value)) == value
+    return allowed is None
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rows_of_every_recipe_are_sound(script):
+    """All values of a row, over columns, models and the tables that it stands in, have one type; models are
+    those of --model; every default that a run can get lies in its own range; its patches fill the image."""
+    tables, types = (*data.COMMON.values(), *SCRIPTS[script]), {}
+    for i in range(len(tables)):
+        for name, (values, meaning, *allowed) in data.merge(*tables[:i + 1]).items():
+            assert isinstance(meaning, str) and len(allowed) <= 1, name
+            assert not isinstance(values, tuple) or len(values) == len(data.COLUMNS), name
+            for cell in values if isinstance(values, tuple) else [values]:
+                assert not isinstance(cell, dict) or cell and set(cell) <= set(data.MODELS), name
+            cells = cells_of(values)
+            types.setdefault(name, set()).update(map(type, cells))
+            assert all(type(v) is float for cell in cells if isinstance(cell, list) for v in cell), name
+            if name not in ("recipe", "img_size", "patch_size"):    # parse_args sets these itself, see below
+                assert all(in_range(cell, *allowed) for cell in cells), name
+    assert {name: kinds for name, kinds in types.items() if len(kinds) > 1} == {}
+    rows = data.merge(*tables)
+    for column, source in zip(data.COLUMNS, ("shapes", "cifar100", "tiny-imagenet", "imagenet")):
+        args = parse(f"--recipe {column} --data {source}", *SCRIPTS[script])
+        assert all(in_range(args.flags[name], *row[2:]) for name, row in rows.items())
+        assert args.grid * args.patch_size == args.img_size and args.img_size == data.SIDES[source]
+
+
+def ends_of(kind, interval):
+    """Texts at both ends of an interval: those that lie just inside, and those just outside."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def beside(end, sign):
+        return int(end) + sign if kind is int else math.nextafter(end, sign * math.inf)
+
+    inside, outside = [], []
+    for end, closed, sign in ((low, interval[0] == "[", -1), (high, interval[-1] == "]", 1)):
+        if math.isinf(end):
+            inside.append(repr(kind(10 ** 15)))
+        else:
+            inside.append(repr(kind(end) if closed else beside(end, -sign)))
+            outside.append(repr(beside(end, sign) if closed else kind(end)))
+    return inside, outside
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_values_out_of_range_are_refused(script, capsys):
+    """Every number of a script is taken at the ends of its interval, and refused just outside of it and as
+    nan or inf, in one sentence with the flag's name; words are taken from the choices only."""
+    for name, (values, *row) in data.merge(*data.COMMON.values(), *SCRIPTS[script]).items():
+        if script != "data" and row == list(COMMON.get(name, ())[1:]) or len(row) == 1:
+            continue                                            # these flags are those of "data"; free words
+        default, allowed = cells_of(values)[0], row[1]
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.error = lambda message: data.stop(f"{message} (see --help)")
+        data.add_flag(parser, name, default, *row)
+        several, kind = isinstance(default, list), type(default[0] if isinstance(default, list) else default)
+        inside, outside = (allowed, ["", "x"]) if isinstance(allowed, tuple) else ends_of(kind, allowed)
+        for text in inside:
+            value = getattr(parser.parse_args([f"--{name}={text}"]), name)
+            assert value == ([kind(text)] if several else kind(text)) and type(value) is type(default)
+        for text in [*outside, "nan", "inf", "-inf", *["0.5"] * (kind is int)]:
+            wrong = [f"--{name}", inside[0], text] if several and text[0] != "-" else [f"--{name}={text}"]
+            told = said(capsys, parser.parse_args, wrong)
+            assert f"argument --{name}: " in told and text in told
+            assert f" must lie in {allowed} (see --help)" in told or "invalid " in told
+
+
+@pytest.mark.parametrize("words, recipe, why, pixels, model", [
+    ("", "small", "images of about 32 px", (32, 4), "tiny"),
+    ("--data cifar100", "small", "images of about 32 px", (32, 4), "tiny"),
+    ("--data tiny-imagenet", "small", "images of about 64 px", (64, 8), "tiny"),
+    ("--data imagenet", "imagenet", "images of about 224 px", (224, 16), "base"),
+    ("--data imagenet --model small", "imagenet", "images of about 224 px", (224, 16), "small"),
+    ("--data shapes", "shapes", "--data shapes", (32, 4), "micro"),
+    ("--data shapes --model micro", "shapes", "--data shapes", (32, 4), "micro"),
+    ("--model micro", "laptop", "--model micro", (32, 4), "micro"),
+    ("--data imagenet --model micro", "laptop", "--model micro", (224, 16), "micro"),
+    ("--data imagenet --recipe laptop", "laptop", "--recipe", (224, 16), "micro"),
+    ("--data shapes --recipe small", "small", "--recipe", (32, 4), "tiny"),
+    ("--recipe imagenet --model micro", "imagenet", "--recipe", (32, 4), "micro"),
+    ("--data none/here", "imagenet", "images of about 224 px", (224, 16), "base")])
+def test_choice_of_the_recipe(words, recipe, why, pixels, model):
+    """The column is the typed one, else it follows from the model and the images, and the reason is said; the
+    data set gives the image and patch size whatever the recipe is, and the column all other values."""
+    args = parse(words, mae.RECIPE)
+    assert (args.recipe, args.why, args.model) == (recipe, why, model)
+    assert (args.img_size, args.patch_size) == pixels and args.words == words.split()
+    column = data.COLUMNS.index(recipe)
+    assert (args.epochs, args.batch_size) == ((16, 20, 400, 800)[column], (64, 128, 512, 4096)[column])
+    assert args.weight_decay == 0.05 and args.norm_pix_loss is (recipe != "shapes")
+    assert parse(f"{words} --img_size 48 --patch_size 6 --epochs 3", mae.RECIPE).flags == args.flags | {
+        "img_size": 48, "patch_size": 6, "epochs": 3}
+
+
+@pytest.mark.parametrize("side, recipe, pixels", [
+    (44, "small", (32, 4)), (48, "small", (64, 8)), (96, "small", (64, 8)), (97, "imagenet", (224, 16)),
+    (400, "imagenet", (224, 16))])
+@pytest.mark.parametrize("inner", ["train/cat", "cat"])
+def test_choice_of_the_recipe_for_a_folder(side, recipe, pixels, inner, tmp_path):
+    """The median of the pictures' shorter sides decides; what is no picture does not count."""
+    for i, size in enumerate([(side, 500), (side + 30, side), (20, 30), (600, 700), (side, side)]):
+        write_image(tmp_path / inner / f"{i}.png", i, size)
+    (tmp_path / inner / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / inner / "notes.txt").write_text("no image")
+    args = parse(f"--data {tmp_path}", mae.RECIPE)
+    assert (args.recipe, args.why) == (recipe, f"images of about {side} px")
+    assert (args.img_size, args.patch_size) == pixels
+
+
+def test_cells_by_model():
+    """A cell that knows models gives the value of --model, and to a model that it does not name its first."""
+    tables = SCRIPTS["vit finetune"]
+    found = [(args.epochs, args.layer_decay, args.drop_path) for args in (
+        parse(f"--recipe imagenet --model {model}", *tables) for model in ("base", "large", "huge", "tiny"))]
+    assert found == [(100, 0.65, 0.1), (50, 0.75, 0.2), (50, 0.75, 0.3), (100, 0.65, 0.1)]
+    assert parse("--recipe small --model huge", *tables).epochs == 100
+    assert [parse(f"--model {m}", dvae.RECIPE).vocab for m in ("micro", "tiny", "base")] == [512, 1024, 8192]
+
+
+def test_a_resumed_run_keeps_its_recipe(tmp_path):
+    """--resume reads the flags of the run, its recipe among them; flags that are typed again win, and lists
+    that an older version wrote as text are read."""
+    words = f"--data cifar10 --recipe laptop --lambda1 2 --output_dir {tmp_path}"
+    flags = parse(words, ibot.RECIPE).flags
+    for kept in (flags, flags | {"pred_ratio": "0,0.3", "pred_ratio_var": "0,0.2"}):
+        (tmp_path / "args.json").write_text(json.dumps({"flags": kept}))
+        again = parse(f"--resume --output_dir {tmp_path}", ibot.RECIPE)
+        assert again.flags == flags | {"resume": True} and again.pred_ratio == [0.0, 0.3]
+        again = parse(f"--resume --epochs 9 --output_dir {tmp_path}", ibot.RECIPE)
+        assert again.flags == flags | {"resume": True, "epochs": 9}
+
+
+def test_merge():
+    """Later tables win; values alone, one or four of them, keep the meaning and range that are known, a whole
+    row replaces them; new rows come last, and None takes a row away."""
+    merged = data.merge({"a": (1, "of a", "[0, 9]"), "b": ("x", "of b", ("x", "y")), "c": (0.5, "of c"),
+                         "gone": (1, "of one", "[0, 9]")},
+                        {"a": 2, "b": ("y", "x", "x", "y"), "d": ((1, 2, 3, 4), "of d", "[1, 4]")},
+                        {"c": (0.7, "c anew", "[0, 1]"), "gone": None, "d": {"base": 1, "tiny": 2}})
+    assert merged == {"a": (2, "of a", "[0, 9]"), "b": (("y", "x", "x", "y"), "of b", ("x", "y")),
+                      "c": (0.7, "c anew", "[0, 1]"), "d": ({"base": 1, "tiny": 2}, "of d", "[1, 4]")}
+    assert list(merged) == list("abcd")
+
+
+def test_lists_are_typed_as_lists(capsys):
+    """List flags take one or more numbers, separated by spaces, each of them within the range."""
+    args = parse("--pred_ratio 0 0.5 0.25 --pred_ratio_var 0.1 --data shapes", ibot.RECIPE)
+    assert (args.pred_ratio, args.pred_ratio_var, args.data) == ([0.0, 0.5, 0.25], [0.1], "shapes")
+    assert parse("--blrs 0.1 0.3 1", *SCRIPTS["vit linear"]).blrs == [0.1, 0.3, 1.0]
+    assert "argument --blrs: 0.0 must lie in (0, inf)" in said(capsys, parse, "--blrs 1 0",
+                                                               *SCRIPTS["vit linear"])
+    assert "--blrs" in said(capsys, parse, "--blrs", *SCRIPTS["vit linear"])
+
+
+@pytest.mark.parametrize("words, recipe, epochs", [("", "small (images of about 32 px)", 200),
+                                                   ("--data shapes", "shapes (--data shapes)", 12)])
+def test_help_shows_the_method_first(words, recipe, epochs, monkeypatch, capsys):
+    """--help begins with the script's text and the recipe, then come the method's flags, then those of all
+    scripts, each with its meaning, its range or choices, and the default of that recipe."""
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as stopped:
+        parse(f"{words} --help", ibot.RECIPE)
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert f"A script.\nThe defaults below are those of the recipe {recipe}.\n" in text
+    places = [text.index(f"\n{group}:\n") for group in ("method", "data", "training", "run")]
+    assert places == sorted(places)
+    for name in ibot.RECIPE:
+        assert name in COMMON or places[0] < text.index(f"\n  --{name}") < places[1]
+    flat = " ".join(text.split())
+    for told in (f"--epochs int passes over the training images; in [1, 1e9] (default: {epochs})",
+                 "--pred_ratio float [float ...] shares of patches to hide; each crop draws one of them; "
+                 "in [0, 1) (default: 0.0 0.3)",
+                 "--pred_shape {block,rand} hide blocks, or single patches (default: block)",
+                 "--log_every int steps between two lines of the log; in [1, inf) (default: 50)"):
+        assert f" {told} " in flat
+
+
+def test_time_here_reads_a_short_run(monkeypatch):
+    """The time is that of all epochs of the asked recipe at the median of the timed rates, in hours or
+    minutes; a run that fails is quoted. The short run gets the typed words, then its own."""
+    rates, epochs, asked = [1.0, 50.0, 90.0, 40.0, 60.0], 100, []
+
+    def fake_run(command, **_):
+        asked.append(command)
+        folder = Path(command[command.index("--output_dir") + 1])
+        (folder / "log.jsonl").write_text("".join(json.dumps({"images/s": rate}) + "\n" for rate in rates))
+        (folder / "args.json").write_text(json.dumps({"flags": {"epochs": epochs}}))
+        return subprocess.CompletedProcess(command, 2 * (epochs == 0), "", "\nmae.py: too bad\n")
+
+    monkeypatch.setattr(subprocess, "run", fake_run)
+    monkeypatch.setattr(sys, "argv", ["mae.py"])
+    args = argparse.Namespace(words=["--data", "shapes", "--batch_size", "64"])
+    assert data.time_here(args, "small", 7200) == "about 4 hours"           # 100 x 7200 / 50 s
+    epochs = 20
+    assert data.time_here(args, "laptop", 7200) == "about 48 minutes"
+    epochs = 0
+    assert data.time_here(args, "laptop", 7200) == "an unknown time (mae.py: too bad)"
+    for command, recipe in zip(asked, ("small", "laptop", "laptop")):
+        assert command[:6] == [sys.executable, "mae.py", *args.words]
+        typed = dict(zip(command[6::2], command[7::2]))
+        assert (typed["--recipe"], typed["--batch_size"], typed["--eval_every"]) == (recipe, "16", "0")
+        assert not Path(typed["--output_dir"]).exists()
+
+
+@pytest.mark.parametrize("script, mode", [(mae, ""), (vit, "--mode linear")])
+def test_time_here_of_a_true_run(script, mode, tmp_path, monkeypatch):
+    """A script takes a few steps of the recipe "small" on a few pictures (here within this process), leaves
+    what is read, whatever else it logs, and the time is said."""
+    root, true_run = write_folders(tmp_path, each=24), subprocess.run
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run_here(command, **options):
+        if command[1] != "script.py":                           # git's, for args.json
+            return true_run(command, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            script.main()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    words = f"--data {root} --model micro --img_size 16 --patch_size 4 --device cpu --num_workers 0 {mode}"
+    try:
+        text = data.time_here(argparse.Namespace(words=words.split()), "small", 10_000)
+    finally:
+        for number, handler in handlers.items():                # the log of a run sets them
+            signal.signal(number, handler)
+    number, unit = text.removeprefix("about ").split()
+    assert text.startswith("about ") and unit in ("hours", "minutes") and int(number) > 0

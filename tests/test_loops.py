@@ -34,8 +34,8 @@ ADAM = f"{COMMON} --lr {LR} --min_lr {MIN_LR} --weight_decay {DECAY}"
 PATCHES = "--num_masked 7 --min_block 3 --layer_scale 0.1 --drop_path 0.3 --crop_scale 0.4"
 LABELS = ("--beta2 0.97 --mixup 0 --cutmix 0 --smoothing 0.2 --erase 0 --rand_augment 0 --crop_scale 0.5 "
           "--drop_path 0.3")
-RATIOS = "--pred_ratio 0,0.5 --pred_ratio_var 0,0.1"            # hides nothing, or 6.4 to 9.6 of 16 patches
-BLRS = "--blrs 3,30"
+RATIOS = "--pred_ratio 0 0.5 --pred_ratio_var 0 0.1"            # hides nothing, or 6.4 to 9.6 of 16 patches
+BLRS = "--blrs 3 30"
 OTHER = "--warmup_temp_epochs 30 --pred_start_epoch 0 --pred_shape rand"    # a second run of iBOT
 COMMANDS = {
     "mae": f"{MAE} {ADAM} --mask_ratio 0.7 --sampling random",
@@ -58,7 +58,7 @@ BETA2 = {"mae": 0.95, "vqkd": 0.99, "beit_v2": 0.97, "train": 0.97, "finetune": 
 CLIP = {"mae": 2, "dvae": 0.4, "beit": 2.3, "cae": 5, "ibot": 0.1, "vqkd": 4, "beit_v2": 2.5, "train": 0.43,
         "finetune": 0.37}                                       # some gradients are longer, some are not
 FIXED = {"mae": "pos_embed", "cae": "pos_embed|^teacher", "ibot": "^teacher"}               # do not train
-TEACHER = "teacher.backbone."                                   # names inside the models, all of them here
+TEACHER = "teacher.encoder."                                    # names inside the models, all of them here
 EVERY_DECAY = ("mae", "cae", "ibot")                            # positions and class token decay, too
 
 
@@ -475,7 +475,7 @@ def test_prototypes_of_ibot_are_frozen_for_two_epochs(runs):
             frozen = step < 2 * EPOCH_STEPS
             assert (weight in note.grads) == (not frozen), (step, weight)
             assert torch.equal(note.before[weight], note.after[weight]) == frozen, (step, weight)
-        others = [weight for weight, _ in note.groups if weight.startswith("student.backbone.blocks")]
+        others = [weight for weight, _ in note.groups if weight.startswith("student.encoder.blocks")]
         assert step == 0 or not any(torch.equal(note.before[weight], note.after[weight]) for weight in others)
 
 

@@ -2,6 +2,7 @@
 import argparse
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ def test_official_attentive_block(golden, close):
     """CAE's attentive probe: pooled features of the published module."""
     state, inputs = {}, golden("vit", "attentive/")
     for name, value in golden("vit", "attentive/sd/").items():
-        name = name.replace("cross_attn.", "").replace("q_bias", "q.bias").replace("v_bias", "v.bias")
+        name = name.replace("q_bias", "q.bias").replace("v_bias", "v.bias")
         state[name.replace("norm1_", "norm_")] = value
     probe = vit.AttentiveProbe(32, 10, 4)
     missing, unexpected = probe.load_state_dict(state | {"query": inputs["in/query"]}, strict=False)
@@ -129,6 +130,90 @@ def test_attention_against_loops():
         heads.append(weights @ v)
     wanted = torch.cat(heads, -1) @ attn.proj.weight.T + attn.proj.bias
     assert torch.allclose(attn(x, bias), wanted, atol=1e-6)
+
+
+def test_cross_attention_against_loops():
+    """Of three sources: softmax(q k^T / sqrt(d)) v, one query and one head after the other."""
+    torch.manual_seed(0)
+    attn, (a, b, c) = vit.CrossAttention(12, 3), (torch.randn(2, n, 12) for n in (4, 5, 5))
+    assert attn.k.bias is None
+    q, k, v = a @ attn.q.weight.T + attn.q.bias, b @ attn.k.weight.T, c @ attn.v.weight.T + attn.v.bias
+    wanted = torch.empty(2, 4, 12)
+    for i in range(2):
+        for m in range(4):
+            for h in (slice(0, 4), slice(4, 8), slice(8, 12)):
+                weights = torch.stack([q[i, m, h] @ k[i, n, h] / 2 for n in range(5)]).softmax(0)
+                wanted[i, m, h] = sum(weights[n] * v[i, n, h] for n in range(5))
+    assert torch.allclose(attn(a, b, c), wanted @ attn.proj.weight.T + attn.proj.bias, atol=1e-6)
+
+
+def test_patches_and_images_are_inverse():
+    """Patches in raster order, the values of each channel first; and back to the same image."""
+    imgs = torch.randn(2, 3, 12, 12)
+    patches = vit.patches_of(imgs, 4)
+    assert patches.shape == (2, 9, 48)
+    for i in range(9):
+        r, c = i // 3 * 4, i % 3 * 4
+        assert torch.equal(patches[:, i], imgs[:, :, r:r + 4, c:c + 4].flatten(1))
+    assert torch.equal(vit.image_of(patches, 4), imgs)
+    assert torch.equal(vit.patches_of(imgs[:, :, :8], 4), patches[:, :6])           # need not be square
+
+
+@pytest.mark.parametrize("unbiased", (True, False))
+def test_normalised_patches_by_hand(unbiased):
+    """Mean, and root of variance + 1e-6: over n - 1 (MAE, BEiT) or n values (CAE); half precision, too."""
+    torch.manual_seed(0)
+    for kind in (torch.float32, torch.bfloat16):
+        patches = (torch.randn(2, 3, 12) * 0.01 + 5).to(kind)
+        target, mean, std = vit.norm_patches(patches, unbiased=unbiased)
+        assert {x.dtype for x in (target, mean, std)} == {torch.float32}
+        assert (target.shape, mean.shape, std.shape) == ((2, 3, 12), (2, 3, 1), (2, 3, 1))
+        for b in range(2):
+            for i in range(3):
+                values = patches[b, i].tolist()
+                m = sum(values) / 12
+                s = math.sqrt(sum((x - m) ** 2 for x in values) / (11 if unbiased else 12) + 1e-6)
+                assert mean[b, i].item() == pytest.approx(m)
+                assert std[b, i].item() == pytest.approx(s, rel=1e-4)
+                assert target[b, i].tolist() == pytest.approx([(x - m) / s for x in values], abs=1e-3)
+
+
+def slow_spline(knots, values, places):
+    """A not-a-knot cubic spline by its second derivatives, one place after the other."""
+    n, h = len(knots), np.diff(knots)
+    system, right = np.zeros((n, n)), np.zeros(n)
+    for i in range(1, n - 1):                                   # equal slopes left and right of a knot
+        system[i, i - 1:i + 2] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
+        right[i] = 6 * ((values[i + 1] - values[i]) / h[i] - (values[i] - values[i - 1]) / h[i - 1])
+    system[0, :3] = h[1], -h[0] - h[1], h[0]                    # equal third derivatives at the second knot
+    system[-1, -3:] = h[-1], -h[-2] - h[-1], h[-2]              # and at the last but one
+    curve, read = np.linalg.solve(system, right), []
+    for x in places:
+        i = max(j for j in range(n - 1) if knots[j] <= x)
+        a, b = (knots[i + 1] - x) / h[i], (x - knots[i]) / h[i]
+        read.append(a * values[i] + b * values[i + 1]
+                    + h[i] ** 2 / 6 * ((a ** 3 - a) * curve[i] + (b ** 3 - b) * curve[i + 1]))
+    return np.array(read)
+
+
+@pytest.mark.parametrize("n, ratio", ((5, 1.5), (15, 1.2), (27, 1.1), (27, 1.01), (55, 1.01)))
+def test_spline_against_second_derivatives(n, ratio):
+    """Knots as interpolate_rel_pos spreads them, up to those of 28 x 28 patches; a cubic is read exactly."""
+    reach = np.cumsum(ratio ** np.arange(n // 2))
+    knots, values = np.concatenate([-reach[::-1], [0], reach]), np.random.default_rng(0).standard_normal(n)
+    places = np.linspace(knots[0], knots[-1], 40)
+    matrix = vit.spline_matrix(knots, places)
+    assert np.allclose(matrix @ values, slow_spline(knots, values, places), rtol=0, atol=1e-8)
+    cubic = np.poly1d([1.0, -2.0, 0.5, 3.0])
+    assert np.allclose(matrix @ cubic(knots / reach[-1]), cubic(places / reach[-1]), rtol=0, atol=1e-8)
+    assert np.allclose(vit.spline_matrix(knots, knots), np.eye(n), rtol=0, atol=1e-8)
+
+
+def test_spline_through_three_knots_is_a_parabola():
+    """The bias table of 2 x 2 patches: too few knots for a cubic."""
+    knots, places = np.array([-1.5, 0.0, 1.5]), np.linspace(-1.5, 1.5, 7)
+    parabola = np.poly1d([2.0, -1.0, 0.5])
+    assert np.allclose(vit.spline_matrix(knots, places) @ parabola(knots), parabola(places))
 
 
 def test_patch_embedding_is_the_convolution():
@@ -265,7 +350,7 @@ def test_foreign_files(tmp_path, wrap, offset):
     torch.save(wrap(source.state_dict()), tmp_path / "file.pth")
     state, config, mean, _ = vit.read_encoder(tmp_path / "file.pth")
     assert [config[name] for name in ("embed_dim", "depth", "num_heads", "patch_size")] == [192, 12, 3, 4]
-    assert config["img_size"] == 32 and mean == data.IMAGENET_STATS[0]
+    assert config["img_size"] == 32 and mean == data.STATS["imagenet"][0]
     model = ViT(**config)
     vit.load_weights(model, state, "file.pth")
     imgs = torch.randn(2, 3, 32, 32)
