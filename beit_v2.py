@@ -1,7 +1,7 @@
 """BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers (Peng et al., 2022),
 arXiv:2208.06366.
 
-Measured: ViT-micro/4, CIFAR-10, one CPU core, 13 + 41 minutes: linear probe 40 -> 50%, fine-tuned 57.7%.
+Measured: ViT-micro/4, CIFAR-10, one CPU core, 13 + 44 minutes: linear 50% (untrained 40), fine-tuned 57.7%.
 
 Two stages. VQ-KD: a tokenizer whose codes must suffice to rebuild the features of a teacher, so that they
 stand for meaning, not for colour. Then BEiT's masked prediction of these codes, with a second head: the class
@@ -14,8 +14,8 @@ Gao & Callan, 2021, for text).
                   e_k <- norm(0.99 e_k + 0.01 norm(sum of the u_i of code k)), for the codes of a batch
     pre-training  L = CE(W LN(x_L), codes) + CE(W LN(branch([cls_L; patches_l])), codes), at hidden patches
 
-The paper's loss has a term that moves the codes, |sg[u] - e|^2; their running average replaces it: its step
-is that term's gradient. The commitment is a mean over E, too, not a sum.
+The paper's loss has a term that moves the codes, |sg[u] - e|^2; their running average replaces it: one step
+of it is a gradient step on that term. The commitment is a mean over E, too, not a sum.
 
 Shapes: B images, N patches (no cls), M hidden ones of each, C width, E of a code, K codes, T width of the
 teacher.
@@ -47,9 +47,9 @@ import data
 from vit import (SIZES, Block, ViT, cosine_lr, init_beit, load_init, load_weights, official_state,
                  param_groups, read_encoder, rescale, set_lr, take)
 
-# values: for all, or shapes, laptop, small, imagenet (the paper's appendix)
+# one value, or four: shapes, laptop, small, imagenet (the paper's appendix); meaning; range
 SHARED = {
-    "stage":         ("both", "which of the two to train", ("both", "tokenizer", "pretrain")),
+    "stage":         ("both", "which stage to train", ("both", "tokenizer", "pretrain")),
     "tokenizer":     ("", "tokenizer.pt of stage 1 (out/beit_v2-tokenizer-<data>/tokenizer.pt if not given)"),
 }
 TOKENIZER = {
@@ -61,32 +61,32 @@ TOKENIZER = {
     "decay":         (0.99, "momentum of the codes", "[0, 1]"),
     "restart":       ((50, 100, 100, 0), "steps between restarts of unused codes; 0: never", "[0, inf)"),
     "crop_scale":    ((0.4, 0.4, 0.4, 0.08), "smallest share of the image in a random crop", "(0, 1]"),
-    "epochs":        (8, 2, 100, 100),                          # meaning, range: data.COMMON, --help
-    "batch_size":    (64, 128, 512, 512),
+    "epochs":        (8, 2, 100, 100),                          # passes over the images
+    "batch_size":    (64, 128, 512, 512),                       # of all GPUs together
     "blr":           (2e-3, 3e-3, 1e-4, 1e-4),                  # lr = blr * batch_size / 256
-    "min_lr":        1e-5,
-    "warmup_epochs": (0.5, 0.3, 10.0, 10.0),
-    "weight_decay":  1e-4,
+    "min_lr":        1e-5,                                      # at the end
+    "warmup_epochs": (0.5, 0.3, 10.0, 10.0),                    # in which lr rises from 0
+    "weight_decay":  1e-4,                                      # not on biases and norms
 }
 PRETRAIN = {  # 1600 epochs: --beta2 0.999 --drop_path 0.1
     "masking":       ("block", "hide patches in blocks; ablation: at random", ("block", "random")),
     "num_masked":    ((26, 26, 26, 75), "patches hidden in each image", "[1, inf)"),
     "min_block":     ((4, 4, 4, 16), "smallest number of patches of a block", "[1, inf)"),
-    "early_layer":   ({"tiny": 9, "micro": 4, "large": 21}, "the branch reads its patches", "[1, 100]"),
+    "early_layer":   ({"tiny": 9, "micro": 4, "large": 21}, "block that the branch reads", "[1, 100]"),
     "branch_depth":  (2, "blocks of the class token's branch; 0: without", "[0, 100]"),
-    "shared_head":   (True, "both heads are one"),
+    "shared_head":   (True, "branch and last block share one head"),
     "layer_scale":   ({"base": 0.1, "large": 1e-5}, "first value of the layer scale; 0: without", "[0, 10]"),
     "drop_path":     (0.0, "drop path rate of the last block", "[0, 1)"),
     "crop_scale":    ((0.4, 0.4, 0.4, 0.2), "smallest share of the image in a random crop", "(0, 1]"),
-    "color_jitter":  ((0.0, 0.0, 0.0, 0.4), "of brightness, contrast and saturation", "[0, 1]"),
+    "color_jitter":  ((0.0, 0.0, 0.0, 0.4), "strength in brightness, contrast, saturation", "[0, 1]"),
     "beta2":         (0.98, "AdamW's second beta", "[0, 1)"),
-    "epochs":        (12, 7, 300, 300),
-    "batch_size":    (64, 128, 512, 2048),
-    "lr":            1.5e-3,
-    "min_lr":        1e-5,
-    "warmup_epochs": (1.0, 1.0, 10.0, 10.0),
-    "weight_decay":  0.05,
-    "clip_grad":     3.0,
+    "epochs":        (12, 7, 300, 300),                         # passes over the images
+    "batch_size":    (64, 128, 512, 2048),                      # of all GPUs together
+    "lr":            1.5e-3,                                    # at its peak
+    "min_lr":        1e-5,                                      # at the end
+    "warmup_epochs": (1.0, 1.0, 10.0, 10.0),                    # in which lr rises from 0
+    "weight_decay":  0.05,                                      # not on biases and norms
+    "clip_grad":     3.0,                                       # largest norm of the gradient
 }
 
 
@@ -272,16 +272,16 @@ class Teacher(nn.Module):
         super().__init__()
         content = read_teacher(path)
         if "visual.conv1.weight" in content:
-            self.vit, (mean, std) = read_clip(path, content), CLIP_STATS
+            self.encoder, (mean, std) = read_clip(path, content), CLIP_STATS
         else:
             state, config, mean, std = read_encoder(path, content=content)
-            self.vit = ViT(**config | {"num_classes": 0, "drop_path": 0.0})
-            load_weights(self.vit, {k: v for k, v in state.items() if not k.startswith("head.")}, path)
-        config, head = self.vit.config, self.vit.head
+            self.encoder = ViT(**config | {"num_classes": 0, "drop_path": 0.0})
+            load_weights(self.encoder, {k: v for k, v in state.items() if not k.startswith("head.")}, path)
+        config, head = self.encoder.config, self.encoder.head
         self.size = grid * config["patch_size"]
         self.dim = head.out_features if isinstance(head, nn.Linear) else config["embed_dim"]
         own = config["img_size"] // config["patch_size"]
-        if own != grid and self.vit.pos_embed is None:
+        if own != grid and self.encoder.pos_embed is None:
             data.stop(f"the teacher {path} has {own} x {own} patches and relative positions, but the student "
                       f"has {grid} x {grid}: use a teacher of that grid, or one with absolute positions")
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
@@ -292,8 +292,8 @@ class Teacher(nn.Module):
     def forward(self, imgs):
         """(B, 3, H, W) in [-1, 1] -> (B, N, T) float32; images are resized so that the grids agree."""
         pixels = data.resize((imgs + 1).clamp(0, 2) / 2, self.size)
-        tokens = self.vit.fc_norm(self.vit.forward_features((pixels - self.mean) / self.std))
-        return self.vit.head(tokens[:, 1:]).float()
+        tokens = self.encoder.fc_norm(self.encoder.forward_features((pixels - self.mean) / self.std))
+        return self.encoder.head(tokens[:, 1:]).float()
 
 
 @torch.no_grad()
@@ -361,23 +361,23 @@ def train_tokenizer(args):
     model = VQKD(encoder, args.num_codes, args.code_dim, args.decoder_depth, teacher.dim, args.commit,
                  args.decay).to(device)
     if args.init:
-        load_init(model, args.init, official_tokenizer)
-    net = data.wrap(model, args)                                # what computes; `model` is what is saved
+        load_init(model, args, official_tokenizer)
+    net = data.wrap(model, args)                                # compiled, in DDP; `model` itself is saved
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.99),
                                   fused="mps" not in args.device)
     scaler = data.make_scaler(args)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **state)
-    few = data.some_images(args, val_set, 500)
-    some = F.normalize(torch.cat([teacher(part) for part in few.split(100)]).flatten(0, 1), dim=1)
-    same = 1 - some.mean(0).norm().item()                       # 1 - cosine to the mean direction
-    data.describe(args, model, loader, f"{same:.3f} for rec (one and the same feature everywhere)")
+    samples = data.some_images(args, val_set, 500)
+    directions = F.normalize(torch.cat([teacher(part) for part in samples.split(100)]).flatten(0, 1), dim=1)
+    one_for_all = 1 - directions.mean(0).norm().item()          # 1 - cosine to the mean direction
+    data.describe(args, model, loader, f"{one_for_all:.3f} for rec (one and the same feature everywhere)")
     features = data.compiled(teacher, args)
     log = data.Log(args, loader, start)
 
     def evaluate(step):
         result, counts = monitor(args, model, teacher, val_set, whole)
-        tokenizer_pictures(model, teacher, few, counts, log.picture(step))
+        tokenizer_pictures(model, teacher, samples, counts, log.picture(step))
         log.write(step, **result)
         if step and result["usage"] < 0.2:
             data.say(f"only {result['usage']:.0%} of the codes occur: try --restart 50, fewer --num_codes or "
@@ -386,24 +386,24 @@ def train_tokenizer(args):
     if log.evaluates(0):
         evaluate(0)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
-        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # new in each step, not epoch
-        moments = None                                          # of the codes, over the whole batch
+        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
+        code_sums = None                                        # and counts, over the whole batch
         for (imgs,), _ in parts:                                # the labels are never used
-            if step == 0 and moments is None and not args.init:
+            if step == 0 and code_sums is None and not args.init:
                 with torch.no_grad(), data.autocast(args):
                     model.quantizer.start(model.vectors(imgs).flatten(0, 1))
             with data.autocast(args):
                 loss, rec, commit, part, z = net(imgs, features(imgs))
             scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
-            moments = [a + b for a, b in zip(moments, part)] if moments else part
+            code_sums = [a + b for a, b in zip(code_sums, part)] if code_sums else part
             log.note(loss=loss, rec=rec, commit=commit)
         if args.clip_grad:
-            scaler.unscale_(optimizer)                          # the limit is one of true gradients
+            scaler.unscale_(optimizer)                          # undo fp16's loss scaling before clipping
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        model.quantizer.update(*moments)                        # after the step: the codes follow
+        model.quantizer.update(*code_sums)                      # after the step: the codes follow
         if args.restart and not (step + 1) % args.restart and step < 0.8 * loader.all_steps:
             model.quantizer.restart(z)
         log.step(step, lr=lr)
@@ -458,9 +458,9 @@ class BEiTv2(nn.Module):
         self.encoder, self.num_masked, self.early_layer = encoder, num_masked, early_layer
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         self.lm_head = nn.Linear(D, vocab)
-        places = max(config["depth"], early_layer + branch_depth)
+        num_rates = max(config["depth"], early_layer + branch_depth)    # as if it stood on early_layer
         self.cls_pt_layers = nn.ModuleList(
-            Block(D, config["num_heads"], drop_path=config["drop_path"] * (early_layer + i) / (places - 1),
+            Block(D, config["num_heads"], drop_path=config["drop_path"] * (early_layer + i) / (num_rates - 1),
                   layer_scale=config["layer_scale"]) for i in range(branch_depth))
         self.cls_pt_norm = None if shared_head or not branch_depth else nn.LayerNorm(D, eps=1e-6)
         self.cls_pt_lm_head = None if shared_head or not branch_depth else nn.Linear(D, vocab)
@@ -539,8 +539,8 @@ def pretrain(args):
     model = BEiTv2(encoder, tokenizer.vocab, args.num_masked, args.early_layer, args.branch_depth,
                    args.shared_head).to(device)
     if args.init:
-        load_init(model, args.init)
-    net = data.wrap(model, args)                                # what computes; `model` is what is saved
+        load_init(model, args)
+    net = data.wrap(model, args)                                # compiled, in DDP; `model` itself is saved
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr,
                                   betas=(0.9, args.beta2), fused="mps" not in args.device)
     scaler = data.make_scaler(args)
@@ -548,31 +548,31 @@ def pretrain(args):
     start = data.load_checkpoint(args, **state)
     whole = data.View(args.img_size, tokenizer_size=tokenizer.img_size)
     trivial = f"for each head {data.trivial_tokens(args, tokenizer, val_set, whole)}"
-    tokens = data.compiled(tokenizer.tokens, args)
+    tokenize = data.compiled(tokenizer.tokens, args)
     data.describe(args, model, loader, trivial)
     log = data.Log(args, loader, start)
 
     def evaluate(step):
         torch.manual_seed(0)                                    # the same masks every time
         views = data.some_images(args, val_set, 8, whole)
-        mask = data.draw_masks(args, len(views[0]))
+        mask = data.draw_masks(args, len(views[0]), "fill")
         pictures(model, tokenizer, views, mask, val_set, log.picture(step))
         log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
 
     if log.evaluates(0):
         evaluate(0)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
-        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # new in each step, not epoch
+        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
         for (imgs, pixels), _ in parts:                         # the labels are never used
-            mask = data.draw_masks(args, len(imgs))
+            mask = data.draw_masks(args, len(imgs), "fill")
             with data.autocast(args):
                 with torch.no_grad():                           # the tokenizer is frozen
-                    codes = tokens(pixels)
+                    codes = tokenize(pixels)
                 loss, logs = net(imgs, codes, mask)
             scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
             log.note(loss=loss, **logs)
         if args.clip_grad:
-            scaler.unscale_(optimizer)                          # the limit is one of true gradients
+            scaler.unscale_(optimizer)                          # undo fp16's loss scaling before clipping
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()

@@ -1,6 +1,6 @@
 """CAE: Context Autoencoder for Self-Supervised Representation Learning (Chen et al., 2022), arXiv:2202.03026.
 
-Measured: ViT-micro/4, CIFAR-10, one CPU core, 14 + 37 minutes: linear probe 40 -> 52%, fine-tuned 60.3%.
+Measured: ViT-micro/4, CIFAR-10, one CPU core, 14 + 37 minutes: linear 52% (untrained 40), fine-tuned 60.3%.
 
 Separate learning to see from solving the task. The encoder reads the visible patches only. A regressor
 predicts, from them, what the encoder would have said of the hidden patches, and is held to it (alignment).
@@ -10,6 +10,7 @@ The decoder turns these predictions into tokens: it never sees visible patches, 
     h_hat = regressor(encoder(visible))   h = encoder(hidden)   logits = decoder(h_hat)   z: codes of dvae.py
     regressor, a block: x <- x + Attn(q = LN(x + pos), k = LN([visible, x] + pos), v = LN([visible, x]))
                         x <- LN(x), x <- x + MLP(x)           from x = mask token
+    (with another --decoder_dim, h and encoder(visible) pass one linear layer and a LayerNorm first)
 
 Shapes: B images, N patches (no cls), M hidden and V = N - M visible ones, C width of the encoder, D of
 regressor and decoder, K codes.
@@ -38,28 +39,28 @@ from vit import (SIZES, Block, CrossAttention, Mlp, ViT, cosine_lr, image_of, in
                  official_state, norm_patches, param_groups, patches_of, set_lr, sincos_pos_embed, take,
                  update_ema)
 
-RECIPE = {  # values for all, or for shapes, laptop, small, imagenet (CAE-B)
+RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (CAE-B); meaning; range
     "tokenizer":       ("", "tokenizer.pt of dvae.py (out/dvae-<data>/tokenizer.pt if not given)"),
     "target":          ("tokens", "predict codes, or normalised pixels", ("tokens", "pixels")),
-    "masking":         ("block", "hide patches in blocks, or at random", ("block", "random")),
+    "masking":         ("block", "hide patches in blocks; ablation: at random", ("block", "random")),
     "num_masked":      ((32, 32, 32, 98), "patches hidden in each image", "[1, inf)"),
     "min_block":       ((4, 4, 4, 16), "smallest number of patches of a block", "[1, inf)"),
     "align_weight":    (2.0, "weight lambda of the alignment", "[0, inf)"),
-    "momentum":        (0.0, "of the encoder's copy that gives the target; 0: no copy", "[0, 1]"),
+    "momentum":        (0.0, "of an averaged encoder that gives the target; 0: none", "[0, 1]"),
     "regressor_depth": ((2, 2, 2, 4), "blocks of the regressor", "[0, 100]"),
     "decoder_depth":   ((2, 2, 2, 4), "blocks of the decoder", "[0, 100]"),
     "decoder_dim":     (0, "width of regressor and decoder; 0: the encoder's", "[0, 8192]"),
-    "decoder_heads":   (0, "their attention heads; 0: the encoder's", "[0, 128]"),
-    "layer_scale":     ({"base": 0.1, "large": 1e-5}, "start of the layer scale; 0: without", "[0, 10]"),
+    "decoder_heads":   (0, "heads of regressor and decoder; 0: the encoder's", "[0, 128]"),
+    "layer_scale":     ({"base": 0.1, "large": 1e-5}, "first value of the layer scale; 0: none", "[0, 10]"),
     "drop_path":       ((0.0, 0.0, 0.0, 0.1), "drop path rate of the last block of each part", "[0, 1)"),
     "crop_scale":      ((0.4, 0.4, 0.4, 0.08), "smallest share of the image in a random crop", "(0, 1]"),
-    "epochs":          (12, 7, 300, 800),                       # meaning, range: data.COMMON, --help
-    "batch_size":      (64, 128, 512, 2048),
-    "lr":              (1e-3, 1e-3, 1e-3, 1.5e-3),
-    "min_lr":          1e-5,
-    "warmup_epochs":   (1.0, 1.0, 30.0, 20.0),                  # 10 for 300 epochs, 40 for 1600
-    "weight_decay":    0.05,
-    "clip_grad":       3.0,
+    "epochs":          (12, 7, 300, 800),                       # passes over the images
+    "batch_size":      (64, 128, 512, 2048),                    # of all GPUs together
+    "lr":              (1e-3, 1e-3, 1e-3, 1.5e-3),              # at its peak
+    "min_lr":          1e-5,                                    # at the end
+    "warmup_epochs":   (1.0, 1.0, 30.0, 20.0),                  # in which lr rises from 0
+    "weight_decay":    0.05,                                    # not on biases and norms
+    "clip_grad":       3.0,                                     # largest norm of the gradient
 }
 
 
@@ -93,7 +94,7 @@ class RegressorBlock(nn.Module):
         self.gamma_1_cross, self.gamma_2_cross = (
             nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None for _ in range(2))
 
-    residual = Block.residual
+    residual = Block.residual                                   # layer scale and drop path, as in the ViT
 
     def forward(self, x, pos, visible, pos_visible):
         """x, pos (B, M, D) of the hidden patches; visible, pos_visible (B, V, D) -> (B, M, D)"""
@@ -166,12 +167,13 @@ class CAE(nn.Module):
 
     def forward(self, imgs, target, mask):
         """target: codes (B, N) long, or pixels (B, N, P); mask (B, N) bool. -> loss, {name: what to log}"""
-        hidden, visible = split_ids(mask, self.num_masked)
-        latent_pred = self.regress(self.encode(self.encoder, imgs, visible), visible, hidden)
-        pred = self.decode(latent_pred, hidden)                                             # (B, M, K)
+        ids_hidden, ids_visible = split_ids(mask, self.num_masked)                          # (B, M), (B, V)
+        visible = self.encode(self.encoder, imgs, ids_visible)                              # (B, V, D)
+        latent_pred = self.regress(visible, ids_visible, ids_hidden)                        # (B, M, D)
+        pred = self.decode(latent_pred, ids_hidden)                                         # (B, M, K)
         with torch.no_grad():
-            latent = self.encode(self.teacher or self.encoder, imgs, hidden).float()        # (B, M, D)
-        on_pred, accuracy = self.prediction_loss(pred, take(target, hidden))
+            latent = self.encode(self.teacher or self.encoder, imgs, ids_hidden).float()    # (B, M, D)
+        on_pred, accuracy = self.prediction_loss(pred, take(target, ids_hidden))
         latent_pred = latent_pred.float()
         align = (latent_pred - latent).square().mean()
         spread, spread_pred = (x.detach().flatten(0, 1).var(0).mean() for x in (latent, latent_pred))
@@ -217,14 +219,16 @@ def official_names(content, momentum=0.0):
 
 @torch.no_grad()
 def direct(model, imgs, target, mask):
-    """Is the regressor's space the encoder's? Loss and share of right codes at the hidden patches, decoded
-    from the regressor's predictions, and straight from the encoder's latents of the same patches."""
-    hidden, visible = split_ids(mask, model.num_masked)
-    latent_pred = model.regress(model.encode(model.encoder, imgs, visible), visible, hidden)
-    latent, target, result = model.encode(model.encoder, imgs, hidden), take(target, hidden), {}
+    """Loss and share of right codes at the hidden patches, decoded from the regressor's predictions and
+    straight from the encoder's latents of the same patches: near each other if both speak one language."""
+    model.eval()
+    ids_hidden, ids_visible = split_ids(mask, model.num_masked)
+    latent_pred = model.regress(model.encode(model.encoder, imgs, ids_visible), ids_visible, ids_hidden)
+    latent, target, result = model.encode(model.encoder, imgs, ids_hidden), take(target, ids_hidden), {}
     for name, x in (("regressor", latent_pred), ("direct", latent)):
-        loss, accuracy = model.prediction_loss(model.decode(x, hidden), target)
+        loss, accuracy = model.prediction_loss(model.decode(x, ids_hidden), target)
         result |= {f"{name}_loss": loss.item(), f"{name}_accuracy": accuracy.item()}
+    model.train()
     return result
 
 
@@ -232,31 +236,34 @@ def direct(model, imgs, target, mask):
 def pictures(model, tokenizer, views, mask, source, path):
     """Rows: image, visible part, prediction pasted into it, all patches decoded straight from the encoder."""
     imgs, p, (B, N) = views[0], model.encoder.config["patch_size"], mask.shape
-    hidden, visible = split_ids(mask, model.num_masked)
+    model.eval()
+    ids_hidden, ids_visible = split_ids(mask, model.num_masked)
     everywhere = torch.arange(N, device=imgs.device).expand(B, -1)
-    latent = model.regress(model.encode(model.encoder, imgs, visible), visible, hidden)
-    pred = model.decode(latent, hidden)                                                     # (B, M, K or P)
+    latent = model.regress(model.encode(model.encoder, imgs, ids_visible), ids_visible, ids_hidden)
+    pred = model.decode(latent, ids_hidden)                                                 # (B, M, K or P)
     straight = model.decode(model.encode(model.encoder, imgs, everywhere), everywhere)      # (B, N, K or P)
+    model.train()
     if model.target == "pixels":
         _, mean, std = norm_patches(patches_of(imgs, p), unbiased=False)                    # (B, N, 1) each
 
         def paint(x):
             return data.to_pixels(image_of(x * std + mean, p), source)
-        everything = straight.scatter(1, hidden[:, :, None].expand(-1, -1, pred.shape[2]), pred)
+        everything = straight.scatter(1, ids_hidden[:, :, None].expand(-1, -1, pred.shape[2]), pred)
         best, title = {}, "brightness and contrast of the patches are the true ones"
     else:
-        ids = tokenizer.tokens(views[1])
+        codes = tokenizer.tokens(views[1])
 
-        def paint(codes):
-            return data.resize(tokenizer.paint(codes), imgs.shape[-1]).cpu()
-        everything, straight = ids.scatter(1, hidden, pred.argmax(-1)), straight.argmax(-1)
-        best = {"true codes, painted": paint(ids)}
-        title = (f"right codes: {(pred.argmax(-1) == take(ids, hidden)).float().mean():.1%} of the hidden "
-                 f"ones, {(straight == ids).float().mean():.1%} straight from the encoder")
+        def paint(x):
+            return data.resize(tokenizer.paint(x), imgs.shape[-1]).cpu()
+        everything, straight = codes.scatter(1, ids_hidden, pred.argmax(-1)), straight.argmax(-1)
+        best = {"true codes, painted": paint(codes)}
+        right, all_right = ((pred.argmax(-1) == take(codes, ids_hidden)).float().mean(),
+                            (straight == codes).float().mean())
+        title = f"right codes: {right:.1%} of the hidden ones, {all_right:.1%} straight from the encoder"
     image = data.to_pixels(imgs, source)
-    seen, hole = data.hide(image, mask)
-    rows = {"image": image, "visible": seen,
-            "predicted, painted": image * (1 - hole) + paint(everything) * hole,
+    visible, pixel_mask = data.hide(image, mask)
+    rows = {"image": image, "visible": visible,
+            "predicted, painted": image * (1 - pixel_mask) + paint(everything) * pixel_mask,
             "straight from\nthe encoder": paint(straight)}
     data.save_rows(path, rows | best, title)
 
@@ -282,9 +289,9 @@ def main():
                 args.decoder_heads, args.layer_scale, args.drop_path, args.align_weight, args.target,
                 args.momentum).to(device)
     if args.init:
-        positions = [name for name in model.state_dict() if name.endswith("pos_embed")]
-        load_init(model, args.init, lambda content: official_names(content, args.momentum), positions)
-    net = data.wrap(model, args)                                # what computes; `model` is what is saved
+        fixed = [name for name in model.state_dict() if name.endswith("pos_embed")]
+        load_init(model, args, lambda content: official_names(content, args.momentum), fixed)
+    net = data.wrap(model, args)                                # compiled, in DDP; `model` itself is saved
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
                                   betas=(0.9, 0.999), fused="mps" not in args.device)
     scaler = data.make_scaler(args)
@@ -293,15 +300,14 @@ def main():
     whole = data.View(args.img_size, tokenizer_size=size)
     trivial = (f"prediction {data.trivial_tokens(args, tokenizer, val_set, whole)}" if tokenizer
                else "1.0 (the mean of every patch)")
-    tokens = data.compiled(tokenizer.tokens, args) if tokenizer else None
+    tokenize = data.compiled(tokenizer.tokens, args) if tokenizer else None
     data.describe(args, model, loader, f"{trivial}; alignment: R2 0")
     log = data.Log(args, loader, start)
 
     def evaluate(step):
         torch.manual_seed(0)                                    # the same masks every time
         views = data.some_images(args, val_set, 200, whole)
-        mask = data.draw_masks(args, len(views[0]))
-        model.eval()
+        mask = data.draw_masks(args, len(views[0]), "on")
         target = tokenizer.tokens(views[1]) if tokenizer else pixel_targets(views[0], args.patch_size)
         result = direct(model, views[0], target, mask)
         pictures(model, tokenizer, [view[:8] for view in views], mask[:8], val_set, log.picture(step))
@@ -310,17 +316,18 @@ def main():
     if log.evaluates(0):
         evaluate(0)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
-        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # new in each step, not epoch
-        for (imgs, *pixels), _ in parts:                        # the labels are never used
-            mask = data.draw_masks(args, len(imgs))
+        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
+        for views, _ in parts:                                  # the labels are never used
+            imgs = views[0]
+            mask = data.draw_masks(args, len(imgs), "on")
             with data.autocast(args):
                 with torch.no_grad():                           # the tokenizer is frozen
-                    target = tokens(*pixels) if tokens else pixel_targets(imgs, args.patch_size)
+                    target = tokenize(views[1]) if tokenizer else pixel_targets(imgs, args.patch_size)
                 loss, logs = net(imgs, target, mask)
             scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
             log.note(loss=loss, **logs)
         if args.clip_grad:
-            scaler.unscale_(optimizer)                          # the limit is one of true gradients
+            scaler.unscale_(optimizer)                          # undo fp16's loss scaling before clipping
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         if args.momentum:
             update_ema(model.teacher, encoder, args.momentum)   # before the step, as in the official code

@@ -403,6 +403,7 @@ def load_sets(args):
                  f"the number of training images less one")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))   # the same for every seed
         sets = [sets[0].subset(order[args.holdout:]), sets[0].subset(order[:args.holdout])]
+    args.images = len(sets[0])
     return sets
 
 
@@ -437,7 +438,7 @@ class View:
     """How images become one input of a model; `count` views of this kind are made of every image.
 
     scale None shows the whole image: as it is or, streamed, its centre.
-    tokenizer_size n gives the same crop again, n pixels wide and in [0, 1] (second input of BEiT and CAE)."""
+    tokenizer_size n gives the same crop again, n pixels wide and in [0, 1], for the tokenizer."""
     size: int
     count: int = 1
     scale: tuple = None                # area of the random crop, as shares of the image
@@ -507,7 +508,7 @@ def crop_and_resize(imgs, boxes, size):
 
 
 def resize(imgs, size):
-    """(B, 3, H, W) -> (B, 3, size, size), antialiased bicubic, clamped to [0, 1]; nothing if it fits."""
+    """(B, 3, H, W) -> (B, 3, size, size), antialiased bicubic, clamped to [0, 1]; as it is if it fits."""
     if imgs.shape[-2:] == (size, size):
         return imgs
     return F.interpolate(imgs, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
@@ -593,12 +594,18 @@ def solarize(imgs, threshold=128):
 
 
 def gaussian_blur(imgs, sigma):
-    """Blur with one sigma (in pixels, (B,)) an image; weights are cut at the border and sum to 1."""
-    def weights(n):
-        distance = torch.arange(n, device=imgs.device)[:, None] - torch.arange(n, device=imgs.device)
-        w = torch.exp(-0.5 * (distance / per_image(sigma, imgs)) ** 2)                      # (B, 1, n, n)
-        return w / w.sum(-1, keepdim=True)
-    return weights(imgs.shape[2]) @ imgs @ weights(imgs.shape[3]).transpose(2, 3)
+    """Blur with one sigma (0 to 2.4 pixels, (B,)) an image, as Pillow's GaussianBlur, iBOT's, does: three box
+    blurs a side, of one or three pixels and a fraction (Gwosdek et al., 2011), each rounded to 8 bits."""
+    variance = per_image(sigma, imgs) ** 2 / 3                                              # (B, 1, 1, 1)
+    wide = (variance >= 2 / 3).float()                          # 1: the box is three pixels wide, 0: one
+    part = (2 * wide + 1) * (2 * wide - 3 * variance) / (6 * (variance - (wide + 1) ** 2))
+    near, far = wide + (1 - wide) * part, wide * part           # weights of the neighbours at 1 and 2 pixels
+    imgs = (imgs * 255).round()
+    for side in (-1, -1, -1, -2, -2, -2):
+        padded = F.pad(imgs, (2, 2, 0, 0) if side == -1 else (0, 0, 2, 2), mode="replicate")
+        a, b, c, d, e = (padded.narrow(side, k, imgs.shape[side]) for k in range(5))
+        imgs = ((c + near * (b + d) + far * (a + e)) / (1 + 2 * near + 2 * far) + 0.499).floor()
+    return imgs / 255
 
 
 # ---- RandAugment ----
@@ -718,45 +725,53 @@ def cutmix_side(n, centre, lam):
 
 # ---- masks ----
 
-def blockwise_mask(B, grid, num_masked, min_block=16, exact=True, device="cpu", tries=64):
+def blockwise_mask(B, grid, num_masked, min_block=16, rule="end", device="cpu", tries=64):
     """Random block masks (BEiT, arXiv:2106.08254, algorithm 1, with details of its code), for a whole batch.
 
     Blocks of s ~ U(min_block, what is left) patches and log-uniform aspect in (0.3, 1/0.3) are added until
-    num_masked are hidden; a block that does not fit or hides nothing new is tried again, ten times, then
-    its mask ends early. num_masked: an int, or (B,) floats (iBOT's ratio per image). exact: fill (at
-    random) up to exactly num_masked, an int. All images make their `tries` in lock step, without waiting for
-    the device. -> (B, grid * grid) bool, True = hidden"""
-    budget = torch.as_tensor(num_masked, dtype=torch.float32, device=device).expand(B)
-    mask = torch.zeros(B, grid, grid, dtype=torch.bool, device=device)
-    count, failures = torch.zeros(B, device=device), torch.zeros(B, device=device)
-    place = torch.arange(grid, device=device)
-    for u in torch.rand(tries, 4, B, device=device):       # a try: area, aspect, top, left of a block
-        room = budget - count
-        area = min_block + u[0] * (room - min_block)            # bounds in either order, as in the original
-        ratio = ((2 * u[1] - 1) * math.log(0.3)).exp()
-        h, w = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-        top, left = (u[2] * (grid - h + 1)).floor(), (u[3] * (grid - w + 1)).floor()
-        rows = (place >= top[:, None]) & (place < (top + h)[:, None])                       # (B, grid)
-        cols = (place >= left[:, None]) & (place < (left + w)[:, None])
-        new = rows[:, :, None] & cols[:, None, :] & ~mask                                   # (B, grid, grid)
-        added = new.sum((1, 2))
-        accept = (room > 0) & (failures < 10) & (h < grid) & (w < grid) & (added > 0) & (added <= room)
-        mask |= new & accept[:, None, None]
-        count += added * accept
-        failures = torch.where(accept, 0, failures + 1)
-    mask = mask.flatten(1)
-    if exact:  # hidden ones first, then the others in random order
+    num_masked are hidden; a block that does not fit or hides nothing new is tried again. num_masked: an int,
+    or (B,) floats (iBOT's ratio per image). After ten failures in a row a mask, by `rule`,
+        "end"   ends with fewer patches (BEiT, iBOT);
+        "fill"  is filled up with single patches (BEiT v2);
+        "on"    goes on until num_masked are hidden (CAE; after a thousand failures it is filled up).
+    All images make their `tries` in lock step, without waiting for the device: masks that go on are drawn on
+    the CPU.
+    -> (B, grid * grid) bool, True = hidden"""
+    where, patience = ("cpu", 1000) if rule == "on" else (device, 10)
+    budget = torch.as_tensor(num_masked, dtype=torch.float32, device=where).expand(B)
+    mask = torch.zeros(B, grid, grid, dtype=torch.bool, device=where)
+    count, failures = torch.zeros(B, device=where), torch.zeros(B, device=where)
+    place, again = torch.arange(grid, device=where), True
+    while again:
+        for u in torch.rand(tries, 4, B, device=where):         # a try: area, aspect, top, left of a block
+            room = budget - count
+            area = min_block + u[0] * (room - min_block)        # bounds in either order, as in the original
+            ratio = ((2 * u[1] - 1) * math.log(0.3)).exp()
+            h, w = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+            top, left = (u[2] * (grid - h + 1)).floor(), (u[3] * (grid - w + 1)).floor()
+            rows = (place >= top[:, None]) & (place < (top + h)[:, None])                   # (B, grid)
+            cols = (place >= left[:, None]) & (place < (left + w)[:, None])
+            new = rows[:, :, None] & cols[:, None, :] & ~mask                               # (B, grid, grid)
+            added = new.sum((1, 2))
+            fits = (h < grid) & (w < grid) & (added > 0) & (added <= room)
+            accept = fits & (room > 0) & (failures < patience)
+            mask |= new & accept[:, None, None]
+            count += added * accept
+            failures = torch.where(accept, 0, failures + 1)
+        again = rule == "on" and bool(((count < budget) & (failures < patience)).any())
+    mask = mask.flatten(1).to(device, non_blocking=True)
+    if rule != "end":  # hidden ones first, then the others in random order
         first = (mask + torch.rand(B, grid * grid, device=device)).argsort(1, descending=True)[:, :num_masked]
         mask = mask.scatter(1, first, True)
     return mask
 
 
-def draw_masks(args, B):
-    """The masks of BEiT, BEiT v2 and CAE: exactly --num_masked patches an image, in blocks or at random.
+def draw_masks(args, B, rule):
+    """The masks of BEiT, BEiT v2 and CAE, in blocks by the rule of `blockwise_mask`, or at random.
 
-    -> (B, N) bool, True = hidden"""
+    -> (B, N) bool, True = hidden, --num_masked in each image (at most, with the rule "end")"""
     if args.masking == "block":
-        return blockwise_mask(B, args.grid, args.num_masked, args.min_block, device=args.device)
+        return blockwise_mask(B, args.grid, args.num_masked, args.min_block, rule, args.device)
     return torch.rand(B, args.grid ** 2, device=args.device).argsort(1).argsort(1) < args.num_masked
 
 
@@ -849,8 +864,8 @@ class Loader:
 
     views: list of `View`. Yields ([(B, 3, s, s), ...], labels (B,)) on args.device.
     Training: every epoch is a random order of the images, the same for any number of GPUs; one step takes
-    batch_size of them, this rank's share in accum_steps parts. What is left over at the end of an epoch
-    waits for another one.
+    batch_size of them, this rank's share in accum_steps parts. What is left over at the end of an epoch is
+    left out of it.
     Evaluation: all images once and in order, every `world_size()`-th on this rank."""
 
     def __init__(self, args, source, views, train=True):
@@ -896,12 +911,12 @@ class Loader:
 
     def batches(self, order):
         """The views and labels of each row of image numbers, from memory or from the workers."""
-        device = self.args.device
+        device, stats = self.args.device, (self.source.mean, self.source.std)
         if not self.source.streamed:
             for index, _ in order:
                 index = index.to(device, non_blocking=True)
                 crops = crop_in_memory(self.source.imgs[index], self.views)
-                yield self.finish(crops), self.source.labels[index]
+                yield make_views(crops, self.views, *stats), self.source.labels[index]
             return
         keys = ([(i, seed_of(self.args.seed, epoch, i)) for i in index.tolist()] for index, epoch in order)
         workers = torch.utils.data.DataLoader(
@@ -910,10 +925,7 @@ class Loader:
         for crops, labels, broken in workers:
             self.note_broken(broken[broken >= 0].tolist())
             crops = [crop.to(device, non_blocking=True).float() / 255 for crop in crops]
-            yield self.finish(crops), labels.to(device, non_blocking=True)
-
-    def finish(self, crops):
-        return make_views(crops, self.views, self.source.mean, self.source.std)
+            yield make_views(crops, self.views, *stats), labels.to(device, non_blocking=True)
 
     def note_broken(self, numbers):
         for i in set(numbers) - self.skipped:
@@ -959,7 +971,7 @@ COMMON = {
         "blr": (0.0, "base learning rate: lr = blr * batch_size / 256", "[0, inf)"),
         "min_lr": (0.0, "learning rate at the end", "[0, inf)"),
         "warmup_epochs": (5.0, "epochs in which the learning rate rises from 0", "[0, inf)"),
-        "weight_decay": (0.05, "AdamW's weight decay, on matrices only", "[0, inf)"),
+        "weight_decay": (0.05, "AdamW's weight decay, none on biases, norms and other vectors", "[0, inf)"),
         "clip_grad": (0.0, "largest gradient norm; 0: not clipped", "[0, inf)"),
         "seed": (0, "seed of weights, order, augmentation and masks", "[0, 4294967295]")},
     "run": {
@@ -993,11 +1005,12 @@ def resumed_flags(early, output_dir):
 
 
 def merge(*tables):
-    """One recipe of several: the later ones win, and give the values alone of a flag that is known, or None
-    for one that is none of theirs."""
+    """One recipe of several: the later ones win. Of a flag that an earlier one explains they give the values
+    alone, or None if it is no flag of theirs."""
     rows = {}
     for name, row in (item for table in tables for item in table.items()):
         told = isinstance(row, tuple) and len(row) < len(COLUMNS)   # (values, meaning, ...), not the columns
+        assert not told or isinstance(row[1], str), f"{name}: a row is one value or {len(COLUMNS)}, not {row}"
         rows[name] = row if told or row is None else (row, *rows[name][1:])
     return {name: row for name, row in rows.items() if row is not None}
 
@@ -1119,6 +1132,8 @@ def check_masked(args):
     if not 0 < args.num_masked < args.grid ** 2:
         stop(f"--num_masked {args.num_masked} must lie between 1 and {args.grid ** 2 - 1}: about "
              f"{int(0.4 * args.grid ** 2)} of the {args.grid ** 2} patches")
+    if args.masking == "block" and args.min_block > args.num_masked:
+        stop(f"--min_block {args.min_block} must not be above --num_masked {args.num_masked}")
 
 
 # ---- ranks, device, precision ----
@@ -1436,7 +1451,9 @@ def save_checkpoint(args, step, **parts):
               for name, part in parts.items()}
     check_weights(args, states["model"])
     if rank() == 0:
-        save_atomically({"step": step, **states}, Path(args.output_dir) / "last.pt")
+        flags = {name: value for name, value in args.flags.items() if name not in COMMON["run"]}
+        states |= {"step": step, "flags": flags | {"images": args.images}}
+        save_atomically(states, Path(args.output_dir) / "last.pt")
 
 
 def load_checkpoint(args, **parts):
@@ -1450,7 +1467,12 @@ def load_checkpoint(args, **parts):
     if missing := {"step", *parts} - set(states):
         stop(f"{path} lacks {', '.join(sorted(missing))}: it is no checkpoint of {args.method}; "
              f"name another --output_dir")
-    load_state(parts["model"], states["model"], path)
+    flags = states.get("flags", {})                             # older files have none
+    if told := differences(args, flags, ("data", "images", "holdout", "label_fraction", "mode", "batch_size",
+                                         "model", "img_size", "patch_size", *INVISIBLE)):
+        stop(f"{path} is of another run: {told.replace('--images', 'training images')}; continue it with the "
+             f"same, or begin a new one in another --output_dir")
+    load_state(parts["model"], states["model"], path, differences(args, flags))
     for name, part in parts.items():
         if isinstance(part, torch.optim.Optimizer):
             found, wanted = states[name]["param_groups"], part.param_groups
@@ -1465,8 +1487,21 @@ def load_checkpoint(args, **parts):
     return states["step"]
 
 
-def load_state(model, state, path):
-    """Load a state dict that came from `path`; one sentence names the first tensor that does not fit."""
+INVISIBLE = ("decoder_heads", "early_layer")  # flags that change a model, but none of its tensors
+
+
+def differences(args, flags, names=()):
+    """In words, where the flags of a last.pt differ from this run's; names: of these, else of all that may
+    shape a model. "" if nowhere."""
+    own = args.flags | {"images": args.images}
+    names = names or ({*flags} - {*merge(*COMMON.values())} | {"model", "img_size", "patch_size"})
+    return ", ".join(f"--{name} {flags[name]} there and {own[name]} here" for name in sorted(names)
+                     if name in flags and name in own and flags[name] != own[name])
+
+
+def load_state(model, state, path, flags=""):
+    """Load a state dict that came from `path`; one sentence names the first tensor that does not fit, and
+    `flags` that may be why."""
     wanted = model.state_dict()
     for name in sorted(set(state) | set(wanted)):
         if name not in state or name not in wanted:
@@ -1475,8 +1510,8 @@ def load_state(model, state, path):
             where = f"{name} is {tuple(state[name].shape)} there and {tuple(wanted[name].shape)} in the model"
         else:
             continue
-        stop(f"{path} belongs to another model: {where}; "
-             f"use the --model, --img_size and --patch_size of that run")
+        stop(f"{path} belongs to another model: {where}; " + (f"give the flags of that run: {flags}" if flags
+             else "give the flags that fit it, or another file"))
     model.load_state_dict(state)
     return model
 

@@ -14,9 +14,9 @@ a softmax whose temperature tau falls, until the mixture is nearly one code. BEi
 A VAE's latent is a vector, and its prior N(0, I); here it is one of K codes, and before the image is seen
 none is likelier than another: the prior is uniform. (BEiT learns a better one, given the visible part.)
 
-Shapes: B images, s = stride, h x w = (H / s) x (W / s) = N places (tokens), K codes (--vocab), n = --n_hid.
+Shapes: B images, h x w = (H / stride) x (W / stride) = N places (tokens), K codes (--vocab), n = --n_hid.
 
-The grid is that of the ViT that will read the tokens: the dVAE sees img_size / patch_size * stride pixels
+The grid is that of the ViT that will read the tokens: the dVAE sees s = img_size / patch_size * stride pixels
 (112 px for ViT-B/16 at 224).
 
     python dvae.py --data shapes                            # CPU, offline, 2 minutes: 62% of 512 codes in use
@@ -24,9 +24,9 @@ The grid is that of the ViT that will read the tokens: the dVAE sees img_size / 
     python dvae.py                                          # CIFAR-10, one GPU: not run yet
     torchrun --nproc_per_node=8 dvae.py --data imagenet     # 112 px, 8192 codes: not run yet
 
-Deviations: one run of DALL-E's network over 32 px images is short, so beta and tau are ramped over shares of
-the training; on ImageNet these shares are DALL-E's numbers of updates, but learning ends after 250,000
-updates, not 3 million. Crops are those that BEiT will show. All tensors of rank 2 or more are decayed.
+Deviations: a run on 32 px images is far shorter than DALL-E's, so beta and tau are ramped over shares of the
+training; on ImageNet these shares are DALL-E's numbers of updates, but learning ends after 250,000 updates,
+not 3 million. Crops hold 40 to 100% of an image, on ImageNet too. All tensors of rank 2 or more are decayed.
 """
 import copy
 import math
@@ -43,27 +43,27 @@ from torch import nn
 import data
 from vit import cosine_lr, half_cosine, param_groups, set_lr, update_ema
 
-RECIPE = {  # values for all, or for shapes, laptop, small, imagenet (DALL-E's network and table)
+RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (DALL-E's); meaning; range
     "model":            (("micro", "micro", "tiny", "base"), "sets n_hid, vocab", ("micro", "tiny", "base")),
     "init":             ("", "start from the weights of this tokenizer.pt, or of DALL-E's encoder.pkl"),
     "stride":           ((4, 4, 4, 8), "pixels per token, in each direction: a power of two", "[1, 64]"),
     "n_hid":            ({"micro": 32, "tiny": 64, "base": 256}, "width of the first blocks", "[4, 4096]"),
     "blocks":           (2, "residual blocks per group", "[1, 100]"),
     "vocab":            ({"micro": 512, "tiny": 1024, "base": 8192}, "codes in the vocabulary", "[2, inf)"),
-    "beta":             (6.6, "weight of the KL divergence to uniform codes, at its end", "[0, inf)"),
+    "beta":             (6.6, "final weight of the KL divergence to uniform; rises from 0", "[0, inf)"),
     "beta_warmup":      ((0.05, 0.05, 0.05, 0.02), "share of the training in which beta rises", "(0, 1]"),
-    "tau":              (1 / 16, "temperature of the Gumbel-softmax at its end, from 1 on", "(0, 10]"),
+    "tau":              (1 / 16, "final temperature of the Gumbel-softmax; falls from 1", "(0, 10]"),
     "tau_anneal":       ((0.5, 0.5, 0.5, 0.6), "share of the training in which tau falls", "(0, 1]"),
-    "recon":            ("laplace", "density of pixels: of their logit, or Gaussian", ("laplace", "mse")),
+    "recon":            ("laplace", "Laplace density of pixels' logits, or Gaussian", ("laplace", "mse")),
     "straight_through": (False, "decode hard one-hot samples; the gradient is that of the relaxed ones"),
     "ema":              (0.999, "momentum of the average that is judged and exported", "[0, 1]"),
     "crop_scale":       (0.4, "smallest share of the image in a random crop", "(0, 1]"),
-    "epochs":           (12, 5, 100, 100),                      # meaning, range: data.COMMON, --help
-    "batch_size":       (64, 64, 256, 512),
-    "lr":               (1e-3, 1e-3, 1e-3, 1e-4),
-    "min_lr":           (1e-5, 1e-5, 1e-5, 1.25e-6),
-    "warmup_epochs":    (0.1, 0.1, 1.0, 0.0),
-    "weight_decay":     1e-4,
+    "epochs":           (12, 5, 100, 100),                      # passes over the images
+    "batch_size":       (64, 64, 256, 512),                     # of all GPUs together
+    "lr":               (1e-3, 1e-3, 1e-3, 1e-4),               # at its peak
+    "min_lr":           (1e-5, 1e-5, 1e-5, 1.25e-6),            # at the end
+    "warmup_epochs":    (0.1, 0.1, 1.0, 0.0),                   # in which lr rises from 0
+    "weight_decay":     1e-4,                                   # on all tensors of rank 2 or more
 }
 
 
@@ -98,7 +98,7 @@ def kl_to_uniform(logits):
 
 
 def log_laplace(imgs, out):
-    """Log-density of pixels (B, 3, H, W) in [0, 1]; out (B, 6, H, W): mu and ln b of the logit (A.3)."""
+    """Log-density of t = 0.8 x + 0.1, x (B, 3, H, W); out (B, 6, H, W): mu and ln b of logit(t) (A.3)."""
     t, (mu, ln_b) = map_pixels(imgs), out.chunk(2, 1)
     return -math.log(2) - ln_b - (t * (1 - t)).log() - (t.logit() - mu).abs() * (-ln_b).exp()
 
@@ -168,16 +168,16 @@ class Decoder(nn.Module):
 
     The first layer is 1 x 1, so its weight is the codebook, a vector for each code."""
 
-    def __init__(self, n_groups, n_hid, blocks, vocab, channels):
+    def __init__(self, n_groups, n_hid, blocks, vocab, channels, n_init):
         super().__init__()
-        widths = [max(32, n_hid // 2)] + [n_hid * 2 ** g for g in reversed(range(n_groups))]
+        widths = [n_init] + [n_hid * 2 ** g for g in reversed(range(n_groups))]
         self.blocks = nn.Sequential(OrderedDict([
             ("input", conv(vocab, widths[0], 1)),
             *groups(widths, blocks, (1, 3, 3, 3), ("upsample", nn.Upsample(scale_factor=2))),
             ("output", nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv(n_hid, channels, 1))))]))
 
     def look_up(self, ids):
-        """Codes (B, h, w) -> what the first layer makes of their one-hot vectors, (B, n, h, w)"""
+        """Codes (B, h, w) -> what the first layer makes of their one-hot vectors, (B, ., h, w)"""
         layer = self.blocks.input
         return (F.embedding(ids, layer.weight[:, :, 0, 0].T) + layer.bias).permute(0, 3, 1, 2)
 
@@ -196,14 +196,15 @@ class DVAE(nn.Module):
     """Encoder, decoder and loss; `tokens` and `paint` are what other methods use."""
 
     def __init__(self, grid=8, stride=4, n_hid=64, blocks=2, vocab=1024, recon="laplace",
-                 straight_through=False):
+                 straight_through=False, n_init=0):
         super().__init__()
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.grid, self.img_size, self.vocab = grid, grid * stride, vocab
         self.recon, self.straight_through = recon, straight_through
         n_groups = stride.bit_length()                          # stride = 2^(groups - 1)
         self.encoder = Encoder(n_groups, n_hid, blocks, vocab)
-        self.decoder = Decoder(n_groups, n_hid, blocks, vocab, 6 if recon == "laplace" else 3)
+        self.decoder = Decoder(n_groups, n_hid, blocks, vocab, 6 if recon == "laplace" else 3,
+                               n_init or max(32, n_hid // 2))
 
     def logits(self, imgs):
         """Pixels (B, 3, s, s) in [0, 1], s = img_size -> (B, K, h, w) float32"""
@@ -286,7 +287,7 @@ def load_dalle(path, grid):
     n_hid, vocab = len(encoder["blocks.input.bias"]), len(encoder["blocks.output.conv.bias"])
     n_groups = len({name.split(".")[1] for name in encoder if "group_" in name})
     blocks = len({name.split(".")[2] for name in encoder if "group_1." in name})
-    model = DVAE(grid, 2 ** (n_groups - 1), n_hid, blocks, vocab)
+    model = DVAE(grid, 2 ** (n_groups - 1), n_hid, blocks, vocab, n_init=len(decoder["blocks.input.bias"]))
     state = {f"encoder.{name}": value for name, value in encoder.items()}
     state |= {f"decoder.{name}": value for name, value in decoder.items()}
     return data.load_state(model, state, path)
@@ -371,14 +372,14 @@ def collapse(result, vocab):
 def pictures(model, imgs, counts, path):
     """<step>.png: images, and as painted from hard codes; codebook.png: what each code paints, its share."""
     model.eval()
-    ids = model.tokens(imgs)
-    data.save_rows(path, {"image": imgs, "hard codes": model.paint(ids)},
-                   f"{model.grid} x {model.grid} codes per image, {len(ids.unique())} different ones here")
+    codes = model.tokens(imgs)
+    data.save_rows(path, {"image": imgs, "hard codes": model.paint(codes)},
+                   f"{model.grid} x {model.grid} codes per image, {len(codes.unique())} different ones here")
     commonest = counts.argsort(descending=True)[:256].to(imgs.device)   # a grid full of one code, its middle
-    s = model.img_size // model.grid
-    middle = slice(max(0, model.grid // 2 - 1) * s, (model.grid // 2 + 1) * s)
+    stride = model.img_size // model.grid
+    middle = slice(max(0, model.grid // 2 - 1) * stride, (model.grid // 2 + 1) * stride)
     tiles = torch.cat([model.paint(part[:, None].expand(-1, model.grid ** 2))[:, :, middle, middle]
-                       for part in commonest.split(64)]).cpu()                              # (k, 3, 2s, 2s)
+                       for part in commonest.split(64)]).cpu()                              # (k, 3, ., .)
     model.train()
     if data.rank():
         return
@@ -410,21 +411,22 @@ def main():
                  args.straight_through).to(device, memory_format=torch.channels_last)
     if args.init:
         data.load_state(model, load_tokenizer(args.init, args.grid).state_dict(), args.init)
-    net = data.wrap(model, args)                                # what computes; `model` is what is saved
+    net = data.wrap(model, args)                                # compiled, in DDP; `model` itself is saved
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999),
                                   fused="mps" not in args.device)
     scaler = data.make_scaler(args)
     state = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **state)
-    (few,) = data.some_images(args, val_set, 1000, whole)
-    data.describe(args, model, loader, f"{trivial_level(few, args.recon):.3f} (one colour everywhere, no KL)")
+    (samples,) = data.some_images(args, val_set, 1000, whole)
+    trivial = f"{trivial_level(samples, args.recon):.3f} (one colour everywhere, no KL)"
+    data.describe(args, model, loader, trivial)
     log = data.Log(args, loader, start)
 
     def evaluate(step):
         tau = half_cosine(step / loader.all_steps / args.tau_anneal, 1.0, args.tau)
         result, counts = monitor(args, ema, val_set, whole, tau)
-        pictures(ema, few[:8], counts, log.picture(step))
+        pictures(ema, samples[:8], counts, log.picture(step))
         log.write(step, **result)
         if step >= 0.2 * loader.all_steps and (words := collapse(result, args.vocab)):
             data.say(words)
@@ -432,22 +434,23 @@ def main():
     if log.evaluates(0):
         evaluate(0)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
-        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # new in each step, not epoch
+        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # set in every step
         done = step / loader.all_steps
         tau = half_cosine(done / args.tau_anneal, 1.0, args.tau)
         beta = half_cosine(done / args.beta_warmup, 0.0, args.beta)
+        knobs = [torch.full((), knob, device=device) for knob in (tau, beta)]   # numbers would be compiled in
         for (imgs,), _ in parts:                                # the labels are never used
-            with data.autocast(args):                           # tensors: a number would be compiled in
-                loss, nll, kl = net(imgs, *torch.tensor([tau, beta], device=device))
+            with data.autocast(args):
+                loss, nll, kl = net(imgs, *knobs)
             scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
             log.note(loss=loss, nll=nll, kl=kl)
         if args.clip_grad:
-            scaler.unscale_(optimizer)                          # the limit is one of true gradients
+            scaler.unscale_(optimizer)                          # undo fp16's loss scaling before clipping
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        update_ema(ema, model, min(args.ema, (1 + step) / (10 + step)))
+        update_ema(ema, model, min(args.ema, (1 + step) / (10 + step)))     # soon forgets the random start
         log.step(step, lr=lr, tau=tau, beta=beta)
         if log.evaluates(step + 1):
             evaluate(step + 1)

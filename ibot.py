@@ -1,6 +1,6 @@
 """iBOT: Image BERT Pre-Training with Online Tokenizer (Zhou et al., 2021), arXiv:2111.07832.
 
-Measured: ViT-micro/4, CIFAR-10 at 24 px, one CPU core, 49 minutes: k-NN 32 -> 37%, its probes no better yet.
+Measured: ViT-micro/4, CIFAR-10 at 24 px, one CPU core, 49 minutes: k-NN 32 -> 37%, probes below untrained.
 
 A student learns to say what its own running average, the teacher, says: about the class token of another crop
 of the image (as in DINO), and about patches that are hidden from the student but not from the teacher. The
@@ -10,8 +10,9 @@ teacher's answers, K-way distributions, are the tokens of a tokenizer that is tr
     L_cls   = mean over crops u != v of  -sum_k q_uk log p_vk      u: global crops (teacher), v: all (student)
     L_patch = mean over global crops of  1/|M| sum_{i in M} -sum_k q'_ik log p'_ik      0 for a crop without M
     q = softmax((teacher - c) / tau), p = softmax(student / 0.1)   c <- 0.9 c + 0.1 mean(teacher), per step
+    teacher <- m teacher + (1 - m) student after each step                  m: --momentum, rising to 1
 
-|M| is the number of hidden patches of each image, as in the paper; DINOv2 divides by that of the batch.
+|M| is the number of hidden patches of each image, as in the paper and its code, not that of the batch.
 
 Shapes: B images, G = 2 global and L local crops of each, N patches of a global crop (no cls), M hidden
 patches of the whole batch, D width, E of the bottleneck, K and K' prototypes for class token and patches.
@@ -26,7 +27,7 @@ only; the prototypes are linear, so the teacher's patch centre is their value at
 The hidden patches of a batch are padded to a fixed count, six standard deviations above their mean.
 
 Deviations: crops of small images are not blurred; the blocks' linear layers start with the deviation
-0.02 (768 / D)^(1/2), the official 0.02 for ViT-B, for narrower ViTs would begin with nearly silent blocks.
+0.02 (768 / D)^(1/2): the official 0.02, right for ViT-B, leaves narrower ViTs with nearly silent blocks.
 """
 import math
 
@@ -38,21 +39,21 @@ import data
 from vit import (SIZES, ViT, cls_attention, cosine_lr, half_cosine, load_init, official_state,
                  param_groups, set_lr, update_ema)
 
-RECIPE = {  # values for all, or for shapes, laptop, small, imagenet (the published commands)
+RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the published commands); meaning; range
     "lambda1":            (1.0, "weight of the class token's loss", "[0, inf)"),
     "lambda2":            (1.0, "weight of the patches' loss", "[0, inf)"),
-    "momentum":           ((0.98, 0.99, 0.996, 0.996), "of the teacher at the start; it ends at 1", "[0, 1]"),
-    "teacher_temp_start": ((0.02, 0.02, 0.04, 0.04), "its temperatures in epoch 0", "(0, 10]"),
-    "teacher_temp":       ((0.02, 0.02, 0.07, 0.07), "for the class token; > 0.07 is unstable", "(0, 10]"),
+    "momentum":           ((0.98, 0.99, 0.996, 0.996), "the teacher's at the start; rises to 1", "[0, 1]"),
+    "teacher_temp_start": ((0.02, 0.02, 0.04, 0.04), "the teacher's in epoch 0, both", "(0, 10]"),
+    "teacher_temp":       ((0.02, 0.02, 0.07, 0.07), "the class token's; > 0.07 is unstable", "(0, 10]"),
     "patch_temp":         ((0.02, 0.02, 0.07, 0.07), "the teacher's temperature for patches", "(0, 10]"),
-    "warmup_temp_epochs": ((1, 1, 30, {"base": 50, "small": 30}), "epochs in which they rise", "[0, inf)"),
+    "warmup_temp_epochs": ((1, 1, 30, {"base": 50, "small": 30}), "epochs in which these rise", "[0, inf)"),
     "out_dim":            ((256, 256, 4096, 8192), "prototypes K for the class token", "[2, inf)"),
     "patch_out_dim":      ((256, 256, 4096, 8192), "prototypes K' for patches", "[2, inf)"),
     "shared_head":        (True, "one set of prototypes for class token and patches: K = K'"),
     "head_hidden":        ((256, 256, 1024, 2048), "hidden width of the projection head", "[1, inf)"),
-    "head_bottleneck":    ((64, 64, 256, 256), "width of its unit vectors", "[1, inf)"),
+    "head_bottleneck":    ((64, 64, 256, 256), "width of the head's unit vectors", "[1, inf)"),
     "norm_last_layer":    ((True, True, True, {"base": True, "small": False}), "prototypes keep length 1"),
-    "freeze_last_layer":  ((0, 0, 1, {"base": 3, "small": 1}), "epochs of unmoved prototypes", "[0, inf)"),
+    "freeze_last_layer":  ((0, 0, 1, {"base": 3, "small": 1}), "first epochs: fixed prototypes", "[0, inf)"),
     "pred_ratio":         ([0.0, 0.3], "shares of patches to hide; each crop draws one of them", "[0, 1)"),
     "pred_ratio_var":     ([0.0, 0.2], "half the width of the range around each --pred_ratio", "[0, 1)"),
     "pred_shape":         ("block", "hide blocks, or single patches", ("block", "rand")),
@@ -64,13 +65,13 @@ RECIPE = {  # values for all, or for shapes, laptop, small, imagenet (the publis
     "blur":               ((False, False, False, True), "blur the crops (sigma 0.1 to 2 pixels)"),
     "drop_path":          ((0.0, 0.0, 0.1, 0.1), "drop path rate of the student's last block", "[0, 1)"),
     "weight_decay_end":   (0.4, "weight decay at the end; it starts at --weight_decay", "[0, inf)"),
-    "epochs":             (12, 5, 200, {"base": 400, "small": 800}),  # meaning, range: data.COMMON, --help
-    "batch_size":         (64, 64, 512, 1024),
+    "epochs":             (12, 5, 200, {"base": 400, "small": 800}),  # passes over the images
+    "batch_size":         (64, 64, 512, 1024),                  # of all GPUs together
     "blr":                (1e-3, 1e-3, 5e-4, {"base": 7.5e-4, "small": 5e-4}),  # lr = blr * batch_size / 256
-    "min_lr":             (1e-6, 1e-6, 1e-6, {"base": 2e-6, "small": 1e-6}),
-    "warmup_epochs":      (1.0, 0.5, 10.0, 10.0),
-    "weight_decay":       0.04,
-    "clip_grad":          (3.0, 3.0, 3.0, {"base": 0.3, "small": 3.0}),
+    "min_lr":             (1e-6, 1e-6, 1e-6, {"base": 2e-6, "small": 1e-6}),  # at the end
+    "warmup_epochs":      (1.0, 0.5, 10.0, 10.0),               # in which lr rises from 0
+    "weight_decay":       0.04,                                 # at the start; not on biases and norms
+    "clip_grad":          (3.0, 3.0, 3.0, {"base": 0.3, "small": 3.0}),  # of each tensor by itself
 }
 
 
@@ -83,7 +84,7 @@ def draw_masks(args, n):
              + torch.tensor(args.pred_ratio_var)[which] * (2 * torch.rand(n) - 1))
     budget = (share * args.grid ** 2).to(args.device)           # not rounded: blocks stop below it
     if args.pred_shape == "block":
-        return data.blockwise_mask(n, args.grid, budget, (args.grid // 3) ** 2, exact=False,
+        return data.blockwise_mask(n, args.grid, budget, (args.grid // 3) ** 2,
                                    device=args.device)
     order = torch.rand(n, args.grid ** 2, device=args.device).argsort(1).argsort(1)
     return order < budget.floor()[:, None]
@@ -93,7 +94,7 @@ def most_hidden(args, n):
     """A number of hidden patches that n crops together do not exceed: mean + six standard deviations."""
     ranges = list(zip(args.pred_ratio, args.pred_ratio_var))
     mean = sum(r for r, _ in ranges) / len(ranges)
-    var = sum(r ** 2 + v ** 2 / 3 for r, v in ranges) / len(ranges) - mean ** 2
+    var = sum(r ** 2 + v ** 2 / 3 for r, v in ranges) / len(ranges) - mean ** 2      # of U(r - v, r + v)
     most = max(r + v for r, v in ranges)
     return max(1, math.ceil(args.grid ** 2 * min(n * most, n * mean + 6 * math.sqrt(n * var))))
 
@@ -145,11 +146,11 @@ class Network(nn.Module):
 
     def tokens(self, imgs, mask=None, masked_embed=None):
         """(n, 3, H, W), mask (n, N) bool or None -> tokens after the last norm, (n, 1 + N, D)"""
-        vit = self.encoder
-        x = vit.patch_embed(imgs)                                                           # (n, N, D)
+        encoder = self.encoder
+        x = encoder.patch_embed(imgs)                                                           # (n, N, D)
         if mask is not None:  # before the positions are added
             x = torch.where(mask[:, :, None], masked_embed.to(x.dtype), x)
-        return vit.norm(vit.forward_blocks(vit.add_cls_and_pos(x))[-1])
+        return encoder.norm(encoder.forward_blocks(encoder.add_cls_and_pos(x))[-1])
 
 
 # ---- the losses ----
@@ -244,7 +245,7 @@ def temperature(epoch, start, end, warmup, first=0):
 
 
 def clip_each(parameters, max_norm):
-    """Scale each gradient of norm above max_norm down to it, every tensor by itself."""
+    """Scale each gradient of norm above max_norm down to it, every tensor by itself, as DINO does."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     scales = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
     torch._foreach_mul_(gradients, scales)
@@ -275,9 +276,9 @@ def pictures(model, imgs, source, path):
     """<step>.png: where the teacher's class token looks, per head; vocabulary.png: patches that share a
     prototype, for the commonest prototypes, each with its surroundings."""
     model.eval()
-    few, encoder = imgs[:8], model.teacher.encoder
-    attention = cls_attention(encoder, few)                                                 # (8, H, g, g)
-    rows = {"image": data.to_pixels(few, source)}
+    shown, encoder = imgs[:8], model.teacher.encoder
+    attention = cls_attention(encoder, shown)                                               # (8, H, g, g)
+    rows = {"image": data.to_pixels(shown, source)}
     rows |= {f"head {h + 1}": attention[:, h] for h in range(attention.shape[1])}
     data.save_rows(path, rows, "attention of the teacher's class token, last block")
     logits = torch.cat([model.teacher.head(model.teacher.tokens(part))[1] for part in imgs.split(100)])
@@ -286,7 +287,7 @@ def pictures(model, imgs, source, path):
     sure, prototype = (t.flatten().cpu() for t in logits.softmax(-1).max(-1))               # (n N,) each
     rows, of_image = {}, torch.arange(len(prototype)) // logits.shape[1]
     for k in prototype.bincount().argsort(descending=True)[:10].tolist():
-        members, best = (prototype == k).nonzero()[:, 0], {}    # the surest patch of each image
+        members, best = (prototype == k).nonzero()[:, 0], {}    # image -> its surest patch
         for i in members[sure[members].argsort(descending=True)].tolist():
             best.setdefault(of_image[i].item(), i)
         rows[f"prototype {k},\n{len(members)} patches"] = around[list(best.values())[:12]]
@@ -314,10 +315,11 @@ def main():
     device = data.setup(args)
     train_set, val_set = data.load_sets(args)
     color = dict(flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, gray=0.2)
-    wide, near, blur = (args.global_scale, 1.0), (0.05, args.local_scale), float(args.blur)
-    views = [data.View(args.img_size, scale=wide, blur=1.0 * blur, **color),
-             data.View(args.img_size, scale=wide, blur=0.1 * blur, solarize=0.2, **color),
-             data.View(args.local_size, args.local_crops, scale=near, blur=0.5 * blur, **color)]
+    blurs = (1.0, 0.1, 0.5) if args.blur else (0.0, 0.0, 0.0)   # the probabilities of DINO
+    wide, near = (args.global_scale, 1.0), (0.05, args.local_scale)
+    views = [data.View(args.img_size, scale=wide, blur=blurs[0], **color),
+             data.View(args.img_size, scale=wide, blur=blurs[1], solarize=0.2, **color),
+             data.View(args.local_size, args.local_crops, scale=near, blur=blurs[2], **color)]
     loader = data.Loader(args, train_set, views)
 
     def network(drop_path):
@@ -332,8 +334,8 @@ def main():
     model = IBOT(network(args.drop_path), network(0.0), most_hidden(args, crops), args.lambda1,
                  args.lambda2).to(device)
     if args.init:
-        load_init(model, args.init, official_names, pos_offset=0.1)
-    net = data.wrap(model, args)                                # what computes; `model` is what is saved
+        load_init(model, args, official_names, pos_offset=0.1)
+    net = data.wrap(model, args)                                # compiled, in DDP; `model` itself is saved
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
                                   betas=(0.9, 0.999), fused="mps" not in args.device)
     scaler = data.make_scaler(args)
@@ -353,14 +355,14 @@ def main():
         evaluate(0)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
         epoch, done = step // loader.epoch_steps, step / loader.all_steps
-        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # new in each step, not epoch
+        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
         for group in optimizer.param_groups:
             if group["weight_decay"]:
                 group["weight_decay"] = half_cosine(done, args.weight_decay, args.weight_decay_end)
-        rise = min(args.warmup_temp_epochs, args.epochs)
-        temps = [temperature(epoch, args.teacher_temp_start, end, rise, first)
-                 for end, first in ((args.teacher_temp, 0), (args.patch_temp, args.pred_start_epoch))]
-        temps = [torch.full((), temp, device=device) for temp in temps]  # numbers would be compiled in
+        rise, first = min(args.warmup_temp_epochs, args.epochs), args.pred_start_epoch
+        temp = temperature(epoch, args.teacher_temp_start, args.teacher_temp, rise)
+        patch_temp = temperature(epoch, args.teacher_temp_start, args.patch_temp, rise, first)
+        temps = [torch.full((), t, device=device) for t in (temp, patch_temp)]  # numbers would be compiled in
         means = [0, 0]                                          # the teacher's logits over the whole batch
         for crops, _ in parts:                                  # the labels are never used
             mask = draw_masks(args, 2 * len(crops[0])) & (epoch >= args.pred_start_epoch)
@@ -370,8 +372,8 @@ def main():
             means = [mean + more / args.accum_steps for mean, more in zip(means, part)]
             log.note(loss=loss, **logs)
         if args.clip_grad:
-            scaler.unscale_(optimizer)                          # the limit is one of true gradients
-            clip_each(model.student.parameters(), args.clip_grad)
+            scaler.unscale_(optimizer)                          # undo fp16's loss scaling before clipping
+            clip_each([*model.student.parameters(), model.masked_embed], args.clip_grad)
         if epoch < args.freeze_last_layer:
             for name, p in model.student.named_parameters():
                 if "last_layer" in name:
@@ -379,7 +381,7 @@ def main():
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        model.update(means, half_cosine(done, args.momentum, 1.0))   # after the step
+        model.update(means, half_cosine(done, args.momentum, 1.0))   # it follows the student of this step
         log.step(step, lr=lr)
         if log.evaluates(step + 1):
             evaluate(step + 1)

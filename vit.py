@@ -1,6 +1,6 @@
 """An Image is Worth 16x16 Words (Dosovitskiy et al., 2020), arXiv:2010.11929: the backbone and the judge.
 
-Measured: supervised ViT-micro/4 on CIFAR-10, one CPU core, 50 minutes: 66.2% (README); on a GPU not run.
+Measured: supervised ViT-micro/4, CIFAR-10, one CPU core, 50 minutes: 66.2%; on a GPU not run.
 
 Cut an image into patches, give each a linear embedding and a position, put a learned class token in front,
 and let a Transformer encoder read the sequence; a linear classifier reads the class token, or the mean of the
@@ -8,12 +8,13 @@ patches. A convolution assumes that neighbours belong together and that a patter
 ViT must learn both, and with few images it shows (--stem conv, the paper's hybrid, gives some of it back).
 
     x_0 = [cls; patches E] + pos      x'_l = x_l + MSA(LN(x_l))      x_{l+1} = x'_l + MLP(LN(x'_l))
-    logits = W LN(x_L)[0]             L = -sum_k target_k log softmax(logits)_k
+    logits = W LN(mean of the patches of x_L); with --pool cls W LN(x_L)[0]
+    L = -sum_k target_k log softmax(logits)_k
     target: the label, smoothed by --smoothing, mixed by mixup or cutmix
 
 Shapes: B images, g x g = N patches (no cls), D width, H heads, K classes.
 
-`ViT` is the encoder of all seven methods. Run as a script this file trains it with labels, and with --init
+`ViT` is the encoder of all methods but dvae.py. Run as a script this file trains it with labels; with --init
 FILE it judges an encoder: our encoder.pt, or an official file of any method here, of DINO, DeiT or timm.
 --export NAME.pt writes it as a plain state dict for timm.
 
@@ -32,6 +33,7 @@ BEiT's fine-tuning); the linear probe picks its learning rate by accuracy on the
 the test images choose nothing.
 
     python vit.py --data shapes --epochs 5                                      # CPU, offline, 2 minutes
+    python vit.py --recipe laptop                                               # CIFAR-10, CPU: 66.2%
     python vit.py --mode linear --init out/mae-cifar10/encoder.pt               # judge an encoder, one GPU
     python vit.py --mode finetune --init out/mae-cifar10/encoder.pt
     torchrun --nproc_per_node=8 vit.py --mode finetune --data imagenet --init out/mae-imagenet/encoder.pt
@@ -168,10 +170,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, bias=None):
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        B, n, D = x.shape
+        q, k, v = self.qkv(x).view(B, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, n, d) each
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return self.proj(x.transpose(1, 2).reshape(B, n, D))                               # (B, n, D)
 
 
 class CrossAttention(nn.Module):
@@ -225,13 +227,20 @@ class PatchEmbed(nn.Module):
 
     def forward(self, imgs):
         if self.stem:
+            check_square(imgs, self.patch_size)
             return self.proj(self.stem(imgs)).flatten(2).transpose(1, 2)                    # (B, N, D)
         return self.embed(patches_of(imgs, self.patch_size))
 
 
 def patches_of(imgs, p):
     """(B, 3, H, W) -> (B, N, 3 p p): patches in raster order, each flattened channel first"""
+    check_square(imgs, p)
     return F.pixel_unshuffle(imgs, p).flatten(2).transpose(1, 2)
+
+
+def check_square(imgs, p):
+    H, W = imgs.shape[-2:]
+    assert H == W and H % p == 0, f"{tuple(imgs.shape)}: images must be square, with a side that {p} divides"
 
 
 def image_of(patches, p):
@@ -277,7 +286,9 @@ def relative_position_index(grid):
     between = (rows[:, None] - rows + grid - 1) * (2 * grid - 1) + (cols[:, None] - cols + grid - 1)
     index = torch.empty(1 + grid * grid, 1 + grid * grid, dtype=torch.long)
     first = (2 * grid - 1) ** 2
-    index[1:, 1:], index[0, :], index[:, 0], index[0, 0] = between, first, first + 1, first + 2
+    index[1:, 1:], index[0, :] = between, first                 # patch -> patch, cls -> patch
+    index[:, 0] = first + 1                                     # patch -> cls
+    index[0, 0] = first + 2                                     # cls -> cls, so last
     return index
 
 
@@ -331,30 +342,30 @@ def rescale(blocks, first=1):
 #  TRAINING AND JUDGING
 # ============================================================================================================
 
-# columns: shapes, laptop, small, imagenet (MAE's tables 10 and 11 and official commands; CAE's appendix 6.3)
+# one value, or four: shapes, laptop, small, imagenet (MAE's tables 10, 11, CAE's 6.3); meaning; range
 SHARED = {
     "mode":           ("train", "what to do", ("train", "finetune", "linear", "attentive", "knn")),
     "init":           ("", "encoder to start from or to judge: our encoder.pt, or an official file"),
     "export":         ("", "write the encoder of --init FILE here, under timm's names, and do nothing else"),
-    "half_stats":     (False, "--init FILE knows pixels of mean and std 0.5 (timm's ViTs by Google)"),
-    "num_heads":      (0, "heads of --init FILE, if it is no size of --model; 0: known", "[0, 1024]"),
+    "half_stats":     (False, "--init FILE was trained on pixels of mean and std 0.5 (timm's, Google's)"),
+    "num_heads":      (0, "heads of --init FILE, if no tensor or size tells; 0: told", "[0, 1024]"),
     "label_fraction": (1.0, "share of the training labels to use, the same of every class", "(0, 1]"),
-    "pool":           ("mean", "the classifier reads the class token or the patches", ("cls", "mean")),
+    "pool":           ("mean", "the classifier reads the class token or the mean", ("cls", "mean")),
     "pos":            ("learned", "absolute positions", ("learned", "sincos", "none")),
-    "rel_pos":        ("none", "bias by relative position: tables", ("none", "shared", "block")),
+    "rel_pos":        ("none", "relative position bias of blocks", ("none", "shared", "block")),
     "layer_scale":    (0.0, "first value of the layer scale; 0: without", "[0, 10]"),
     "stem":           ("patch", "patches by a linear layer, or convolutions: the hybrid", ("patch", "conv")),
 }
 SUPERVISED = {  # training from scratch, and what fine-tuning has in common with it
-    "epochs":         (20, 13, 200, {"base": 300, "large": 200, "huge": 200}),
-    "batch_size":     (128, 128, 512, 4096),
-    "blr":            (1e-3, 2e-3, 5e-4, 1e-4),
-    "min_lr":         1e-6,
-    "warmup_epochs":  (2.0, 1.0, 10.0, 20.0),
-    "weight_decay":   (0.05, 0.05, 0.05, 0.3),
+    "epochs":         (20, 13, 200, {"base": 300, "large": 200, "huge": 200}),  # passes over the images
+    "batch_size":     (128, 128, 512, 4096),                    # of all GPUs together
+    "blr":            (1e-3, 2e-3, 5e-4, 1e-4),                 # lr = blr * batch_size / 256
+    "min_lr":         1e-6,                                     # at the end
+    "warmup_epochs":  (2.0, 1.0, 10.0, 20.0),                   # in which lr rises from 0
+    "weight_decay":   (0.05, 0.05, 0.05, 0.3),                  # not on biases and norms
     "beta2":          ((0.999, 0.999, 0.999, 0.95), "AdamW's second beta", "[0, 1)"),
     "layer_decay":    (1.0, "factor of the learning rate from each block to the one below", "(0, 1]"),
-    "drop_path":      ((0.0, 0.0, 0.1, {"base": 0.1, "large": 0.2, "huge": 0.2}), "last block", "[0, 1)"),
+    "drop_path":      ((0.0, 0.0, 0.1, {"base": 0.1, "large": 0.2, "huge": 0.2}), "last block's", "[0, 1)"),
     "crop_scale":     ((0.3, 0.3, 0.3, 0.08), "smallest share of the image in a random crop", "(0, 1]"),
     "rand_augment":   ((0.0, 0.0, 9.0, 9.0), "magnitude of RandAugment; 0: off", "[0, 10]"),
     "erase":          ((0.0, 0.0, 0.25, 0.0), "probability of random erasing", "[0, 1]"),
@@ -364,11 +375,11 @@ SUPERVISED = {  # training from scratch, and what fine-tuning has in common with
     "ema":            ((0.0, 0.0, 0.0, 0.9999), "momentum of the average that is judged; 0: off", "[0, 1)"),
 }
 FINETUNE = {
-    "epochs":         (10, 3, 100, {"base": 100, "large": 50, "huge": 50}),
-    "batch_size":     (128, 128, 256, 1024),
+    "epochs":         (10, 3, 100, {"base": 100, "large": 50, "huge": 50}),  # passes over the images
+    "batch_size":     (128, 128, 256, 1024),                    # of all GPUs together
     "blr":            (1e-3, 2e-3, 1e-3, {"base": 5e-4, "large": 1e-3, "huge": 1e-3}),
-    "warmup_epochs":  (1.0, 0.3, 5.0, 5.0),
-    "weight_decay":   0.05,
+    "warmup_epochs":  (1.0, 0.3, 5.0, 5.0),                     # in which lr rises from 0
+    "weight_decay":   0.05,                                     # not on biases and norms
     "beta2":          0.999,
     "layer_decay":    (0.75, 0.75, 0.75, {"base": 0.65, "large": 0.75, "huge": 0.75}),
     "drop_path":      (0.0, 0.0, 0.1, {"base": 0.1, "large": 0.2, "huge": 0.3}),
@@ -376,11 +387,11 @@ FINETUNE = {
     "ema":            0.0,
 }
 LINEAR = {  # lr = blr * batch_size / 256, times each of --blrs; small images: gentler crops than MAE's
-    "epochs":         (10, 2, 90, {"base": 90, "large": 50, "huge": 50}),
-    "batch_size":     (128, 256, 256, 16384),
-    "blr":            1.0,
-    "warmup_epochs":  (1.0, 0.2, 10.0, 10.0),
-    "weight_decay":   None,                                     # no flags of the probes
+    "epochs":         (10, 2, 90, {"base": 90, "large": 50, "huge": 50}),  # passes over the images
+    "batch_size":     (128, 256, 256, 16384),                   # of all GPUs together
+    "blr":            1.0,                                      # lr = blr * batch_size / 256
+    "warmup_epochs":  (1.0, 0.2, 10.0, 10.0),                   # in which lr rises from 0
+    "weight_decay":   None,                                     # the probes have no such flag
     "clip_grad":      None,
     "crop_scale":     ((1.0, 1.0, 0.8, 0.08), "smallest share of the image in a random crop", "(0, 1]"),
     "optimizer":      (("sgd", "sgd", "sgd", "lars"), "LARS for large batches", ("sgd", "lars")),
@@ -389,8 +400,8 @@ LINEAR = {  # lr = blr * batch_size / 256, times each of --blrs; small images: g
                        "base learning rates of probes, trained side by side", "(0, inf)"),
 }
 ATTENTIVE = {
-    "epochs":         (10, 2, 90, 90),
-    "batch_size":     (128, 256, 256, 8192),
+    "epochs":         (10, 2, 90, 90),                          # passes over the images
+    "batch_size":     (128, 256, 256, 8192),                    # of all GPUs together
     "optimizer":      "sgd",
     "blrs":           ([0.03, 0.1, 0.3], [0.1, 0.3, 1.0], [0.03, 0.1, 0.3], [0.00625, 0.0125, 0.025]),
 }
@@ -405,10 +416,13 @@ def half_cosine(done, start, end):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def cosine_lr(epoch, args):
-    """Learning rate at a fractional `epoch`: linear from 0 over warmup_epochs, half a cosine to min_lr."""
+def cosine_lr(epoch, args, early=0.0):
+    """Learning rate at a fractional `epoch`: linear from 0 over warmup_epochs, half a cosine to min_lr.
+
+    early: by how much the ramp ends before the cosine begins. MAE's official code has 0; BEiT's, CAE's and
+    iBOT's reach the peak a step, 1 / epoch_steps, before it and stay there for two."""
     if epoch < args.warmup_epochs:
-        return args.lr * epoch / args.warmup_epochs
+        return args.lr * min(1.0, epoch / max(1e-8, args.warmup_epochs - early))
     done = (epoch - args.warmup_epochs) / max(1e-8, args.epochs - args.warmup_epochs)
     return half_cosine(done, args.lr, args.min_lr)
 
@@ -493,16 +507,16 @@ def supervised(args, train_set, val_set, model):
     if log.evaluates(0):
         judge(0)
     for step, parts in loader.steps(start, net):
-        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # new in each step, not epoch
+        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # set in every step
         for (imgs,), labels in parts:
             imgs, target = data.mixup_cutmix(imgs, labels, classes, args.mixup, args.cutmix, args.smoothing)
             with data.autocast(args):
                 logits = net(imgs)
             loss = -(target * logits.float().log_softmax(-1)).sum(-1).mean()
-            scaler.scale(loss / args.accum_steps).backward()    # the parts' gradients add up
+            scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
             log.note(loss=loss)
         if args.clip_grad:
-            scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)                          # undo fp16's loss scaling before clipping
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
         scaler.step(optimizer)
         scaler.update()
@@ -529,7 +543,7 @@ def evaluate(args, model, val_set):
     sums = torch.zeros(2, device=args.device)
     for (imgs,), labels in data.Loader(args, val_set, [data.View(args.img_size)], train=False):
         with data.autocast(args):
-            logits = model.forward(imgs)                        # other shapes: not to be compiled
+            logits = model.forward(imgs)                        # .forward: not compiled for this shape
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
         sums += torch.stack([(logits.argmax(-1) == labels).sum(), loss])
     model.train()
@@ -592,7 +606,7 @@ class AttentiveProbe(nn.Module):
 
 
 class Probes(nn.ModuleDict):
-    """All probes side by side, each on its layer of `probed_layers`: list of (B, 1 + N, D) -> (P, B, K)"""
+    """All probes side by side, each on its layer of `probed_layers`: (B, 1 + N, D) each -> (probes, B, K)"""
 
     def forward(self, layers):
         return torch.stack([head(layers[head.layer]) for head in self.values()])
@@ -614,9 +628,9 @@ def make_probes(args, encoder, num_classes):
     """
     D, depth, heads, groups = encoder.config["embed_dim"], encoder.config["depth"], {}, []
     if args.mode == "linear":
-        places = {"": -1} | ({f"-{i + 1}": i for i in range(depth)} if args.layers == "all" else {})
+        layer_of = {"": -1} | ({f"-{i + 1}": i for i in range(depth)} if args.layers == "all" else {})
         makers = {feature + suffix: lambda f=feature, i=layer: LinearProbe(D, num_classes, f, i)
-                  for suffix, layer in places.items() for feature in ("cls", "mean")}
+                  for suffix, layer in layer_of.items() for feature in ("cls", "mean")}
     else:
         makers = {"attentive": lambda: AttentiveProbe(D, num_classes, encoder.config["num_heads"])}
     for blr in dict.fromkeys(args.blrs):
@@ -643,11 +657,11 @@ def probe(args, train_set, val_set, encoder):
     log = data.Log(args, loader, start)
 
     for step, parts in loader.steps(start, net):
-        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # new in each step, not epoch
+        lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # set in every step
         if not step % loader.epoch_steps:
             model.right.zero_()
         for (imgs,), labels in parts:
-            logits = net(probed_layers(args, encoder, imgs))                                # (P, B, K)
+            logits = net(probed_layers(args, encoder, imgs))                                # (probes, B, K)
             loss = sum(F.cross_entropy(one, labels) for one in logits)
             (loss / args.accum_steps).backward()
             model.right += data.all_sum((logits.argmax(-1) == labels).sum(1))
@@ -750,9 +764,9 @@ def probe_pictures(args, encoder, probes, val_set):
     """attention.png: where the attentive probe that learned best looks, and where the class token does."""
     best = list(probes.values())[int(probes.right.argmax())]
     imgs = data.some_images(args, val_set)
-    looks = best.attention(probed_layers(args, encoder, imgs)[-1]).mean(1)[:, 1:]           # (B, N)
+    attention = best.attention(probed_layers(args, encoder, imgs)[-1]).mean(1)[:, 1:]           # (B, N)
     rows = {"image": data.to_pixels(imgs, val_set),
-            "attentive probe": looks.reshape(-1, args.grid, args.grid),
+            "attentive probe": attention.reshape(-1, args.grid, args.grid),
             "class token": cls_attention(encoder, imgs).mean(1)}
     data.save_rows(Path(args.output_dir) / "pictures" / "attention.png", rows,
                    "attention of the attentive probe and of the last block's class token, mean over heads")
@@ -767,7 +781,7 @@ def build(args, num_classes, pool):
         options |= SIZES[args.model] | dict(pos=args.pos, rel_pos=args.rel_pos,
                                             layer_scale=args.layer_scale, stem=args.stem)
         return ViT(**options, patch_size=args.patch_size, drop_path=getattr(args, "drop_path", 0.0)), None
-    state, config, mean, std = read_encoder(args.init, args.num_heads)
+    state, config, mean, std = read_encoder(args.init, args.num_heads, finetune=args.mode == "finetune")
     if args.half_stats:
         mean, std = (0.5,) * 3, (0.5,) * 3
     args.patch_size = config["patch_size"]
@@ -870,18 +884,21 @@ def official_state(content):
     return state
 
 
-def read_encoder(path, num_heads=0, content=None):
+def read_encoder(path, num_heads=0, content=None, finetune=False):
     """Read an encoder: our encoder.pt, or a file of MAE, DINO, iBOT, BEiT (v2), VQ-KD, CAE, DeiT or timm.
 
     -> state dict under our names, ViT arguments, mean and std of its pixels (ImageNet's in official files)
     num_heads: no tensor tells it; it need be given for a width and depth that are not in SIZES. content: of
-    the file, where it is read already.
+    the file, where it is read already. finetune: CAE's `norm` is the start of `fc_norm`.
 
     Raises: exits with one sentence if the file is damaged, of no known layout, or holds tensors that files of
     its layout do not have; `load_weights` looks at the encoder's own."""
     content = data.load_file(path) if content is None else content
-    if "embed_dim" in content.get("config", {}):
-        return content["model"], content["config"], content["mean"], content["std"]
+    about = getattr(content, "_metadata", {}).get("vit.py", content)    # an --export tells what it is there
+    if "embed_dim" in about.get("config", {}):
+        state = official_state(content if about is not content else content["model"])
+        return (with_fc_norm(state) if finetune and about.get("method") == "cae" else state,
+                about["config"], about["mean"], about["std"])
     if content.keys() & {"step", "method"}:                     # ours, too, but with more than an encoder
         data.stop(f"{path} is no encoder: give the encoder.pt of that run")
     everything = official_state(content)
@@ -894,11 +911,15 @@ def read_encoder(path, num_heads=0, content=None):
             data.stop(f"{path} looks like a file of {layout}, but such files have no {name}")
     if layout == "VQ-KD":                                       # applied to the tokens, not to their mean
         state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
-    config = infer_config(path, state, num_heads)
-    flat = "cls_token" in content and "head.weight" not in state
-    if layout == "DINO" or layout == "ViT" and ("state_dict" in content or flat):
-        config["pos_offset"] = 0.1                              # files of DINO's and iBOT's backbones
-    return state, config, *data.STATS["imagenet"]
+    small_cae = layout == "CAE" and state.get("cls_token", torch.empty(0)).shape[-1] == 384
+    config = infer_config(path, state, num_heads or (12 if small_cae else 0))   # others of 384 have six heads
+    if layout == "DINO" or "masked_embed" in everything:        # no other file proves it is DINO's
+        config["pos_offset"] = 0.1
+    return with_fc_norm(state) if finetune and layout == "CAE" else state, config, *data.STATS["imagenet"]
+
+
+def with_fc_norm(state):
+    return state | {f"fc_{name}": state[name] for name in ("norm.weight", "norm.bias") if name in state}
 
 
 def infer_config(path, state, num_heads=0):
@@ -965,16 +986,21 @@ def load_weights(model, state, path):
     data.load_state(model, wanted | {name: value for name, value in state.items() if name in wanted}, path)
 
 
-def load_init(model, path, names=None, fixed=(), pos_offset=0.0):
+def load_init(model, args, names=None, fixed=(), pos_offset=0.0):
     """--init of the pre-training scripts: all of a method's model, from an official file or from a last.pt.
 
     names: turns the content of an official file into a state dict under our names; if not given, a name that
     the model has stays, and every other is one of its encoder. Learned positions and bias tables are
     interpolated; those in `fixed` are no weights: the model keeps its own. Raises: exits with one sentence
-    that names the first tensor that differs."""
-    content, wanted = data.load_file(path), model.state_dict()
+    that names the first tensor, or the flag of a last.pt that no tensor shows, that differs."""
+    content, wanted, path = data.load_file(args.init), model.state_dict(), args.init
+    flags = content.get("flags", {})
     if "step" in content:
         state = dict(content["model"])
+        if told := data.differences(args, flags, data.INVISIBLE):
+            data.stop(f"{path} is of another model: {told}; give the same")
+    elif "config" in content:
+        data.stop(f"{path} is no whole model of {args.method}: give the last.pt of that run")
     elif names:
         state = names(content)
     else:
@@ -985,7 +1011,8 @@ def load_init(model, path, names=None, fixed=(), pos_offset=0.0):
         if same and not torch.allclose(state[name].to(wanted[name].device), wanted[name], atol=1e-4):
             data.stop(f"{path} has other positions {name} than the fixed ones of this method")
         state[name] = wanted[name]
-    data.load_state(model, fit(state, wanted, pos_offset), path)
+    told = data.differences(args, flags) if flags else ""
+    data.load_state(model, fit(state, wanted, pos_offset), path, told)
     data.say(f"starting from {path}")
 
 
@@ -1015,11 +1042,12 @@ def interpolate_rel_pos(table, grid):
     low, high = 1.01, 1.5  # bisect for the ratio q of the geometric series
     while high - low > 1e-6:
         q = (low + high) / 2
-        low, high = (low, q) if sum(q ** i for i in range(old // 2)) > new // 2 else (q, high)
+        too_far = sum(q ** i for i in range(old // 2)) > new // 2
+        low, high = (low, q) if too_far else (q, high)
     reach = np.cumsum(q ** np.arange(old // 2))
     knots = np.concatenate([-reach[::-1], [0], reach])
-    places = np.clip(np.arange(new) - new // 2, knots[0], knots[-1])
-    spread = torch.from_numpy(spline_matrix(knots, places))                                 # (new, old)
+    distances = np.clip(np.arange(new) - new // 2, knots[0], knots[-1])
+    spread = torch.from_numpy(spline_matrix(knots, distances))                                 # (new, old)
     grid_part = table[:-3].double().view(old, old, -1)
     grid_part = torch.einsum("ai,bj,ijh->abh", spread, spread, grid_part)
     return torch.cat([grid_part.flatten(0, 1).to(table.dtype), table[-3:]])
@@ -1038,10 +1066,11 @@ def export(path, name, num_heads=0):
 
     With relative positions they are those of timm.models.Beit, else of timm.models.VisionTransformer. Raises:
     exits with one sentence if timm has no such model (--stem conv)."""
-    state, config, mean, std = read_encoder(path, num_heads)
+    content = data.load_file(path)
+    state, config, mean, std = read_encoder(path, num_heads, content)
     if config.get("stem", "patch") != "patch":
         data.stop(f"{path} has a convolutional stem: timm's Vision Transformer has none")
-    rel_pos, result = config.get("rel_pos", "none"), {}
+    rel_pos, result = config.get("rel_pos", "none"), OrderedDict()
     for key, value in state.items():
         if rel_pos == "none":
             key = re.sub(r"gamma_([12])$", r"ls\1.gamma", key)
@@ -1052,6 +1081,8 @@ def export(path, name, num_heads=0):
             continue
         key = re.sub(r"(blocks\.\d+)\.rel_pos_bias", r"\1.attn", key)
         result[key] = value
+    result._metadata = {"vit.py": {"config": config, "mean": mean, "std": std,      # for `read_encoder`
+                                   "method": content.get("method", "")}}
     data.save_atomically(result, Path(name))
     options = {key: config[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads",
                                             "mlp_ratio", "qkv_bias")}

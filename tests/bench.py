@@ -85,7 +85,7 @@ def beit(args):
                   layer_scale=0.1, drop_path=0.1 if large else 0.0)
     model = BEiT(encoder, vocab, num_masked)
     codes = torch.randint(vocab, (args.batch_size, args.grid ** 2), device=args.device)
-    mask = data.blockwise_mask(args.batch_size, args.grid, num_masked, min_block, device=args.device)
+    mask = data.blockwise_mask(args.batch_size, args.grid, num_masked, min_block, "fill", args.device)
     return model, param_groups(model, 0.05), lambda net, imgs: net(imgs, codes, mask)[0]
 
 
@@ -97,7 +97,7 @@ def beit_v2(args):
                   layer_scale=0.1)
     model = BEiTv2(encoder, vocab, num_masked, encoder.config["depth"] * 3 // 4)
     codes = torch.randint(vocab, (args.batch_size, args.grid ** 2), device=args.device)
-    mask = data.blockwise_mask(args.batch_size, args.grid, num_masked, min_block, device=args.device)
+    mask = data.blockwise_mask(args.batch_size, args.grid, num_masked, min_block, "fill", args.device)
     return model, param_groups(model, 0.05), lambda net, imgs: net(imgs, codes, mask)[0]
 
 
@@ -131,7 +131,7 @@ def cae(args):
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="sincos", layer_scale=0.1)
     model = CAE(encoder, vocab, num_masked, depth, depth)
     codes = torch.randint(vocab, (args.batch_size, args.grid ** 2), device=args.device)
-    mask = data.blockwise_mask(args.batch_size, args.grid, num_masked, min_block, device=args.device)
+    mask = data.blockwise_mask(args.batch_size, args.grid, num_masked, min_block, "fill", args.device)
     return model, param_groups(model, 0.05, no_decay=()), lambda net, imgs: net(imgs, codes, mask)[0]
 
 

@@ -23,7 +23,7 @@ def tiny_cae(vocab=96, num_masked=32, **options):
 
 def masks(B, num_masked=32, masking="block"):
     args = SimpleNamespace(masking=masking, grid=8, num_masked=num_masked, min_block=4, device="cpu")
-    return data.draw_masks(args, B)
+    return data.draw_masks(args, B, "on")
 
 
 def batch(B=4, vocab=96):

@@ -411,6 +411,53 @@ def test_finetuning_drops_paths_in_training_only(drop_path):
     assert result["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
+def official(prefix, **more):
+    """Turns the content of an encoder.pt into a file of others, whose names begin so."""
+    return lambda content: {"model": more | {prefix + name: v for name, v in content["model"].items()}}
+
+
+FILES = {  # what becomes of the content of an encoder.pt, and whether fc_norm starts as its norm
+    "our CAE": (lambda content: content | {"method": "cae"}, True),
+    "our MAE": (lambda content: content, False),
+    "our iBOT": (lambda content: content | {"method": "ibot"}, False),
+    "CAE": (official("encoder."), True),
+    "timm": (official(""), False),
+    "DINO": (official("backbone."), False),
+    "MAE": (official("", mask_token=torch.zeros(1, 1, 4)), False)}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_norm_of_cae_goes_on_in_finetuning(kind):
+    """At the start of --mode finetune `fc_norm` of the mean is the file's `norm` if CAE made the file, else
+    new; with --pool cls, and in the other modes, `norm` is the file's for all."""
+    class Enough(Exception):
+        pass
+    change, kept = FILES[kind]
+    content, heard = read("file.pt"), []
+    torch.manual_seed(1)
+    norm = {name: torch.randn(32) for name in ("weight", "bias")}
+    content["model"] |= {f"norm.{name}": value for name, value in norm.items()}
+    torch.save(change(content), "file.pt")
+
+    def begun(args, train_set, val_set, model):
+        heard.append(model)
+        raise Enough
+
+    def prepare(patch):
+        colourful(patch)
+        patch.setattr(vit, "supervised", begun)
+        patch.setattr(vit, "probe", begun)
+    for command in (f"{FINETUNE} --pool mean", f"{FINETUNE} --pool cls", f"{PROBE} --mode linear"):
+        with pytest.raises(Enough):
+            run(f"{command} --output_dir run{len(heard)}", prepare)
+    mean, cls, probed = heard
+    for name, value in norm.items():
+        new = torch.full((32,), float(name == "weight"))
+        assert torch.equal(getattr(mean.fc_norm, name), value if kept else new), name
+        assert torch.equal(getattr(cls.norm, name), value) and torch.equal(getattr(probed.norm, name), value)
+    assert all(isinstance(layer, torch.nn.Identity) for layer in (mean.norm, cls.fc_norm, probed.fc_norm))
+
+
 # ---- k-NN ----
 
 def voted(bank, labels, x, y, k):

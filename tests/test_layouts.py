@@ -43,6 +43,11 @@ def written(path, content):
     return path
 
 
+def init(path):
+    """The flags that load_init reads."""
+    return argparse.Namespace(init=path, method="mae", flags={}, images=0)
+
+
 def meta_load(model_of, load):
     """Build a full-size model without memory, and load into it."""
     with torch.device("meta"):
@@ -58,7 +63,7 @@ ENCODERS = {  # layout: wrapper, what of the configuration must come out
     "mae full": ("model", dict(pool="cls", pos="learned", rel_pos="none", layer_scale=0.0)),
     "mae finetuned": ("model", dict(pool="mean")),
     "timm": (None, dict(pool="cls", patch_size=16)),
-    "dino b8": (None, dict(patch_size=8, img_size=224, pos_offset=0.1)),
+    "dino b8": (None, dict(patch_size=8, img_size=224)),
     "ibot teacher": ("teacher", dict(embed_dim=768, pos_offset=0.1)),
     "beit pretrain": ("model", dict(pos="none", rel_pos="shared", layer_scale=1.0, num_heads=12)),
     "beit finetune": ("module", dict(pos="none", rel_pos="block", pool="mean")),
@@ -83,12 +88,31 @@ def test_encoder_of_every_layout(tmp_path, layout):
     content = {wrapper: content, "args": FLAGS, "epoch": 3} if wrapper else content
     path = written(tmp_path / "file.pth", content)
     state, config, mean, _ = vit.read_encoder(path)
-    assert {name: config[name] for name in wanted} == wanted and mean == data.STATS["imagenet"][0]
+    wanted = {"pos_offset": 0.0} | wanted
+    assert {name: config.get(name, 0.0) for name in wanted} == wanted and mean == data.STATS["imagenet"][0]
     model = meta_load(lambda: ViT(**config), lambda model: vit.load_weights(model, state, path))
     assert set(state) - set(model.state_dict()) <= {"head.weight", "head.bias"}
     changed = config | {"pool": "mean", "num_classes": 10, "img_size": config["img_size"] // 2}
     meta_load(lambda: ViT(**changed),
               lambda model: vit.load_weights(model, state, path))
+
+
+@pytest.mark.filterwarnings("ignore:for .*meta parameter")
+@pytest.mark.parametrize("width, heads", ((384, 12), (192, 3), (768, 12), (1024, 16)))
+def test_heads_of_cae_s_small_model(tmp_path, width, heads):
+    """Files of CAE that are 384 wide have 12 heads, those of all others of this width six; --num_heads is
+    obeyed."""
+    depth, small = 24 if width == 1024 else 12, 6 if width == 384 else heads
+    with torch.device("meta"):
+        model = ViT(embed_dim=width, depth=depth, num_heads=4)
+    state = {name: torch.zeros(1).expand(value.shape) for name, value in model.state_dict().items()}
+    layouts = ("encoder.", {}, heads), ("", {}, small), ("backbone.", {}, small), (
+        "", {"mask_token": torch.zeros(1, 1, 8)}, small)
+    for prefix, more, wanted in layouts:
+        content = {prefix + name: value for name, value in state.items()} | more
+        path = written(tmp_path / "file.pth", {"model": content})
+        assert vit.read_encoder(path)[1]["num_heads"] == wanted
+        assert vit.read_encoder(path, num_heads=8)[1]["num_heads"] == 8
 
 
 def base(**options):
@@ -126,11 +150,11 @@ def test_whole_model_of_every_layout(tmp_path, monkeypatch, layout):
     model_of, names, fixed = METHODS[layout]
     state = synthetic(layout)
     path = written(tmp_path / "file.pth", {"model": state, "args": FLAGS})
-    meta_load(model_of, lambda model: vit.load_init(model, path, names, fixed))
+    meta_load(model_of, lambda model: vit.load_init(model, init(path), names, fixed))
     name = next(name for name in reversed(state) if name.endswith("fc2.weight"))
     broken = written(tmp_path / "broken.pth", {"model": {n: v for n, v in state.items() if n != name}})
     with pytest.raises(SystemExit):
-        meta_load(model_of, lambda model: vit.load_init(model, broken, names, fixed))
+        meta_load(model_of, lambda model: vit.load_init(model, init(broken), names, fixed))
 
 
 @pytest.mark.filterwarnings("ignore:for .*meta parameter")
@@ -150,7 +174,7 @@ def test_whole_ibot(tmp_path, separate):
         head = ibot.Head(SIZES[D]["embed_dim"], 2048, 256, 8192, 8192, shared=not separate)
         return ibot.Network(ViT(**SIZES[D]), head)
     meta_load(lambda: ibot.IBOT(network(), network(), 64),
-              lambda model: vit.load_init(model, path, ibot.official_names))
+              lambda model: vit.load_init(model, init(path), ibot.official_names))
 
 
 # ---- the official numbers, through the loaders ----
@@ -162,7 +186,7 @@ def test_mae_numbers(tmp_path, golden, close):
     positions = {"pos_embed": vit.sincos_pos_embed(48, 8), "decoder_pos_embed": vit.sincos_pos_embed(32, 8)}
     path = written(tmp_path / "mae.pth", {"model": golden("mae", "w/") | positions, "args": FLAGS})
     model = mae.MAE(ViT(32, 4, 48, 3, 3, pos="sincos"), 32, 2, 2)
-    vit.load_init(model, path, fixed=("encoder.pos_embed", "decoder_pos_embed"))
+    vit.load_init(model, init(path), fixed=("encoder.pos_embed", "decoder_pos_embed"))
     latent, _, ids_restore = model.forward_encoder(arrays["images"], arrays["noise"])
     close(latent[0], arrays["latent_0"])
     close(model.forward_decoder(latent, ids_restore)[0], arrays["pred_0"])
@@ -179,14 +203,14 @@ def test_a_last_pt_starts_a_new_run(tmp_path, capsys):
     source, model = (mae.MAE(ViT(32, 4, 48, 2, 3, pos="sincos"), 32, 1, 2) for _ in range(2))
     path = written(tmp_path / "last.pt", {"step": 5, "model": source.state_dict(), "optimizer": {}})
     fixed = ("encoder.pos_embed", "decoder_pos_embed")
-    vit.load_init(model, path, fixed=fixed)
+    vit.load_init(model, init(path), fixed=fixed)
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), model.parameters()))
     with pytest.raises(SystemExit):
-        vit.load_init(beit.BEiT(ViT(32, 4, 48, 2, 3), 64), path)
+        vit.load_init(beit.BEiT(ViT(32, 4, 48, 2, 3), 64), init(path))
     assert "belongs to another model" in capsys.readouterr().err
     shifted = {name: v + 1 if name in fixed else v for name, v in source.state_dict().items()}
     with pytest.raises(SystemExit):
-        vit.load_init(model, written(path, {"step": 5, "model": shifted}), fixed=fixed)
+        vit.load_init(model, init(written(path, {"step": 5, "model": shifted})), fixed=fixed)
     assert "other positions" in capsys.readouterr().err
 
 
@@ -199,16 +223,16 @@ def test_names_of_a_file_without_translation(tmp_path, capsys):
     torch.nn.init.normal_(source.encoder.get_parameter(table))
     state = {name.removeprefix("encoder."): value for name, value in source.state_dict().items()}
     path = written(tmp_path / "beit.pth", {"model": {f"module.{n}": v for n, v in state.items()}})
-    vit.load_init(model, path)
+    vit.load_init(model, init(path))
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), model.parameters()))
-    vit.load_init(larger, path)
+    vit.load_init(larger, init(path))
     wanted = vit.interpolate_rel_pos(state[table], 12)
     assert torch.equal(larger.encoder.get_parameter(table), wanted)
     without = {name: value for name, value in state.items() if name != "lm_head.bias"}
     for change, named in ((state | {"extra.weight": torch.zeros(3)}, "encoder.extra.weight"),
                           (without, "lm_head.bias")):
         with pytest.raises(SystemExit):
-            vit.load_init(model, written(path, {"model": change}))
+            vit.load_init(model, init(written(path, {"model": change})))
         assert named in capsys.readouterr().err
 
 
@@ -227,12 +251,12 @@ def test_beit_numbers(tmp_path, golden, close):
     arrays, options = golden("beit"), dict(pos="none", rel_pos="shared", layer_scale=0.1)
     path = written(tmp_path / "beit.pth", {"model": golden("beit", "w/"), "args": FLAGS})
     model = beit.BEiT(ViT(32, 4, 48, 3, 4, **options), 64, 26)
-    vit.load_init(model, path)
+    vit.load_init(model, init(path))
     close(model.lm_head(model.hidden_states(arrays["x"], arrays["mask"])[arrays["mask"]]), arrays["logits"])
     arrays = golden("beit_v2")
     path = written(tmp_path / "beit.pth", {"module": golden("beit_v2", "w/")})
     model = beit_v2.BEiTv2(ViT(32, 4, 32, 4, 4, **options), 64, 26, 3)
-    vit.load_init(model, path)
+    vit.load_init(model, init(path))
     h, branch = model.hidden_states(arrays["images"], arrays["mask"])
     close(model.lm_head(h)[arrays["mask"]], arrays["logits_mim"])
     close(model.lm_head(branch)[arrays["mask"]], arrays["logits_cls"])
@@ -252,7 +276,7 @@ def test_cae_numbers(tmp_path, golden, close):
         model = cae.CAE(ViT(32, 4, 32, 3, 4, pos="sincos", layer_scale=0.1), 96, 32, 2, 2, layer_scale=0.1,
                         momentum=0.9)
         positions = [name for name in model.state_dict() if name.endswith("pos_embed")]
-        vit.load_init(model, path, lambda content: cae.official_names(content, 0.9), positions)
+        vit.load_init(model, init(path), lambda content: cae.official_names(content, 0.9), positions)
         if extra == "cae_teacher":
             close(model(imgs, ids, mask)[0], arrays["loss"], 1e-6)
     assert all(torch.equal(a, b) for a, b in zip(model.encoder.parameters(), model.teacher.parameters()))
@@ -261,6 +285,7 @@ def test_cae_numbers(tmp_path, golden, close):
 def test_ibot_numbers_and_dino_positions(tmp_path, golden, close):
     """Tokens of the official backbone, also of smaller crops, with DINO's interpolation of positions."""
     arrays, weights = golden("ibot"), golden("ibot", "w/")
+    assert "masked_embed" in weights
     backbone = {f"module.backbone.{name}": v for name, v in weights.items()}
     head = {"module.head.last_layer.weight_g": torch.ones(4, 1)}
     for content in ({"state_dict": weights},
@@ -308,16 +333,21 @@ def pickled(path, part, monkeypatch):
     monkeypatch.delitem(sys.modules, "dall_e")
 
 
-def test_dalle_pickles(tmp_path, monkeypatch, capsys):
-    """encoder.pkl and decoder.pkl become a dVAE of any grid, without the package that they name."""
+@pytest.mark.parametrize("n_hid, n_init", ((64, 0), (16, 40), (80, 24)))
+def test_dalle_pickles(tmp_path, monkeypatch, capsys, n_hid, n_init):
+    """encoder.pkl and decoder.pkl become a dVAE of any grid, without the package that they name; the width of
+    the decoder's first layer is read off the file."""
     torch.manual_seed(0)
-    source = dvae.DVAE(grid=4, stride=8, n_hid=64, vocab=32).eval()
+    source = dvae.DVAE(grid=4, stride=8, n_hid=n_hid, vocab=32, n_init=n_init).eval()
+    width = len(source.decoder.get_parameter("blocks.input.bias"))
+    assert width == (n_init or 32) and (width == max(32, n_hid // 2)) == (n_init == 0)
     for name, part in (("encoder", source.encoder), ("decoder", source.decoder)):
         pickled(tmp_path / f"{name}.pkl", part, monkeypatch)
     model = dvae.load_tokenizer(tmp_path / "encoder.pkl", 4)
     imgs = torch.rand(2, 3, 32, 32)
     assert torch.equal(model.tokens(imgs), source.tokens(imgs))
     assert torch.equal(model.paint(model.tokens(imgs)), source.paint(source.tokens(imgs)))
+    assert dvae.DVAE(**model.config).load_state_dict(source.state_dict())
     assert dvae.load_tokenizer(tmp_path / "encoder.pkl", 6).tokens(torch.rand(1, 3, 48, 48)).shape == (1, 36)
     names = {name: name.replace("weight", "w").replace("bias", "b") for name in dvae.read_dalle(
         tmp_path / "encoder.pkl")}
@@ -430,6 +460,7 @@ def test_files_that_are_not_what_they_seem(tmp_path, capsys, layout, change, nam
 
 EXPORTED = {
     "mae": dict(pos="sincos"), "classifier": dict(num_classes=10, pool="mean"),
+    "ibot": dict(pos_offset=0.1),
     "cae": dict(pos="sincos", layer_scale=0.1), "beit": dict(pos="none", rel_pos="shared", layer_scale=0.1),
     "beit_finetuned": dict(pos="none", rel_pos="block", layer_scale=0.1, num_classes=10, pool="mean"),
 }
@@ -443,7 +474,8 @@ def exported(tmp_path, options, capsys):
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     source = written(tmp_path / "encoder.pt", {"model": model.state_dict(), "config": model.config,
-                                               "mean": (0.5,) * 3, "std": (0.5,) * 3, "method": "mae"})
+                                               "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3),
+                                               "method": "mae"})
     vit.export(source, tmp_path / "timm.pt")
     return model, tmp_path / "timm.pt", capsys.readouterr().out
 
@@ -452,12 +484,22 @@ def exported(tmp_path, options, capsys):
 def test_export_comes_back(tmp_path, capsys, kind):
     """What --export writes is a plain state dict, and read_encoder makes the same encoder of it."""
     model, path, said = exported(tmp_path, EXPORTED[kind], capsys)
-    state, config, _, _ = vit.read_encoder(path)
-    twin = ViT(**config | {"num_heads": 4, "num_classes": model.config["num_classes"]}).eval()
+    state, config, mean, std = vit.read_encoder(path)
+    assert (config, mean, std) == (model.config, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    twin = ViT(**config).eval()
     vit.load_weights(twin, state, path)
     imgs = torch.randn(2, 3, 32, 32)
     assert torch.allclose(twin(imgs), model(imgs), atol=1e-5)
-    assert "timm.models." in said and f"{len(torch.load(path))} tensors" in said
+    content = torch.load(path)
+    assert isinstance(content, dict) and all(torch.is_tensor(value) for value in content.values())
+    assert "timm.models." in said and f"{len(content)} tensors" in said
+    larger = ViT(**config | {"img_size": 48})                   # positions and tables grow as the model's
+    vit.load_weights(larger, state, path)
+    again = ViT(**config | {"img_size": 48})
+    vit.load_weights(again, model.state_dict(), path)
+    assert all(torch.allclose(a, b) for a, b in zip(larger.buffers(), again.buffers()))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in larger.state_dict().items()
+               if not name.endswith("qkv.bias"))                # timm has none for keys
 
 
 @pytest.mark.parametrize("kind", EXPORTED)

@@ -9,6 +9,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,10 @@ import mae
 import vit
 
 EPOCHS, EPOCH_STEPS, STEPS, PARTS, BATCH = 4, 3, 12, 2, 68      # 208 images
-LR, MIN_LR, WARMUP, DECAY, DECAY_END = 4e-3, 1e-3, 1.5, 0.1, 0.3
+LR, MIN_LR, WARMUP, DECAY, DECAY_END = 4e-3, 1e-3, 4, 0.1, 0.3  # the warm-up in steps: an epoch and a third
 SIZE, GRID, CODES, CODE_DIM = dict(embed_dim=16, depth=3, num_heads=2), 4, 600, 8
 COMMON = (f"--patch_size 2 --epochs {EPOCHS} --batch_size {BATCH} --accum_steps {PARTS} --seed 3 "
-          f"--warmup_epochs {WARMUP} --eval_every {EPOCHS} --save_every {EPOCHS} --log_every 1")
+          f"--warmup_epochs {WARMUP / EPOCH_STEPS} --eval_every {EPOCHS} --save_every {EPOCHS} --log_every 1")
 ADAM = f"{COMMON} --lr {LR} --min_lr {MIN_LR} --weight_decay {DECAY}"
 PATCHES = "--num_masked 7 --min_block 3 --layer_scale 0.1 --drop_path 0.3 --crop_scale 0.4"
 LABELS = ("--beta2 0.97 --mixup 0 --cutmix 0 --smoothing 0.2 --erase 0 --rand_augment 0 --crop_scale 0.5 "
@@ -55,11 +56,12 @@ COMMANDS = {
 KINDS = {"mae": mae.MAE, "dvae": dvae.DVAE, "beit": beit.BEiT, "cae": cae.CAE, "ibot": ibot.IBOT,
          "vqkd": beit_v2.VQKD, "beit_v2": beit_v2.BEiTv2, "train": vit.ViT, "finetune": vit.ViT}
 BETA2 = {"mae": 0.95, "vqkd": 0.99, "beit_v2": 0.97, "train": 0.97, "finetune": 0.97}
-CLIP = {"mae": 2, "dvae": 0.4, "beit": 2.3, "cae": 5, "ibot": 0.1, "vqkd": 4, "beit_v2": 2.5, "train": 0.43,
+CLIP = {"mae": 2, "dvae": 0.4, "beit": 2.3, "cae": 5, "ibot": 0.02, "vqkd": 4, "beit_v2": 2.5, "train": 0.43,
         "finetune": 0.37}                                       # some gradients are longer, some are not
 FIXED = {"mae": "pos_embed", "cae": "pos_embed|^teacher", "ibot": "^teacher"}               # do not train
 TEACHER = "teacher.encoder."                                    # names inside the models, all of them here
 EVERY_DECAY = ("mae", "cae", "ibot")                            # positions and class token decay, too
+EARLY = ("beit", "cae", "ibot", "vqkd", "beit_v2")              # a warm-up ends with the peak: BEiT's, iBOT's
 
 
 def is_prototype(name):
@@ -203,12 +205,10 @@ def half_cosine(done, start, end):
     return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
 
-def lr_at(step, peak=LR, least=MIN_LR):
-    """Linear from 0 in the warm-up, then half a cosine to the least."""
-    epoch = step / EPOCH_STEPS
-    if epoch < WARMUP:
-        return peak * epoch / WARMUP
-    return half_cosine((epoch - WARMUP) / (EPOCHS - WARMUP), peak, least)
+def lr_at(step, name, peak=LR, least=MIN_LR):
+    """Linear from 0 in the warm-up, then half a cosine from the peak to the least."""
+    ramp = np.linspace(0, peak, WARMUP, endpoint=name in EARLY)
+    return ramp[step] if step < WARMUP else half_cosine((step - WARMUP) / (STEPS - WARMUP), peak, least)
 
 
 def decay_of(name, p, method, step):
@@ -239,7 +239,7 @@ def test_learning_rate_decay_and_betas_of_every_weight(name, runs):
         wanted = {weight for weight in note.before if not re.search(FIXED.get(name, "^$"), weight)}
         assert len(note.groups) == len(wanted) and dict(note.groups).keys() == wanted
         for weight, group in note.groups:
-            assert group["lr"] == pytest.approx(lr_at(step) * scale_of(weight, name)), (step, weight)
+            assert group["lr"] == pytest.approx(lr_at(step, name) * scale_of(weight, name)), (step, weight)
             assert group["weight_decay"] == pytest.approx(
                 decay_of(weight, note.before[weight], name, step)), (step, weight)
             assert group["betas"] == (0.9, BETA2.get(name, 0.999)) and group["eps"] == 1e-8
@@ -254,15 +254,15 @@ def test_gradients_when_the_optimizer_steps(name, runs):
                for weight, _ in note.groups if note.parts[0].raw[weight] is not None}
         norm = torch.stack([g.norm() for g in raw.values()]).norm()
         for weight, g in raw.items():
-            if name == "ibot" and (weight == "masked_embed" or is_prototype(weight)
-                                   and step < 2 * EPOCH_STEPS):
-                continue                                        # the latter: see below
+            if name == "ibot" and is_prototype(weight) and step < 2 * EPOCH_STEPS:
+                continue                                        # see below
             size = g.norm() if name == "ibot" else norm
             wanted = g * min(1.0, CLIP[name] / (size + 1e-6))
-            clipped.append(bool(size > CLIP[name]))
+            clipped.append((weight, bool(size > CLIP[name])))
             assert (note.grads[weight] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-8, (step, weight)
         assert note.grads.keys() <= raw.keys()
-    assert 0 < sum(clipped) < len(clipped), "the limit says nothing here"
+    assert {longer for _, longer in clipped} == {True, False}, "the limit says nothing here"
+    assert name != "ibot" or ("masked_embed", True) in clipped
 
 
 @pytest.mark.parametrize("name", [*KINDS, "linear"])
@@ -273,7 +273,7 @@ def test_log_holds_the_loss_and_the_rate_of_each_step(name, runs):
     assert list(lines) == list(range(1, STEPS + 1))
     for step, note in enumerate(notes.steps):
         peak, least = (0.5 * BATCH / 256, 0) if name == "linear" else (LR, MIN_LR)
-        assert lines[step + 1]["lr"] == pytest.approx(lr_at(step, peak, least), rel=1e-5)
+        assert lines[step + 1]["lr"] == pytest.approx(lr_at(step, name, peak, least), rel=1e-5)
         if name not in ("train", "finetune", "linear"):
             loss = sum(part.output[0].item() for part in note.parts) / PARTS
             assert lines[step + 1]["loss"] == pytest.approx(loss, rel=1e-4)
@@ -292,7 +292,7 @@ def test_linear_probes_have_a_rate_each(runs):
             final = notes.steps[-1].after[weight]
             (key,) = [key for key in saved if saved[key].shape == final.shape and (saved[key] == final).all()]
             peak = float(key.split(".")[0].split()[1]) * 0.5 * BATCH / 256
-            assert group["lr"] == pytest.approx(lr_at(step, peak, 0)), (step, key)
+            assert group["lr"] == pytest.approx(lr_at(step, "linear", peak, 0)), (step, key)
             assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 0)
             assert step == 0 or (note.before[weight] != note.after[weight]).any()
 
@@ -382,9 +382,15 @@ def neighbours(mask):
     ("beit", "", True), ("beit", "--masking random --max_steps 6", False),
     ("cae", "", True), ("cae", "--masking random --max_steps 6", False), ("beit_v2", "", True)))
 def test_hidden_patches(name, flags, blocks, runs):
-    """The same number in every image, in blocks or at random, new ones in every part of every step."""
+    """The same number in every image, in blocks or at random, new ones in every part of every step. Blocks of
+    BEiT hide fewer patches in some images."""
     masks = masks_of(name, runs(name, flags))
-    assert (masks.sum(-1) == (12 if name == "mae" else 7)).all() and masks.shape[2:] == (34, GRID ** 2)
+    assert masks.shape[2:] == (34, GRID ** 2)
+    counts, wanted = masks.sum(-1), 12 if name == "mae" else 7
+    if name == "beit" and blocks:
+        assert counts.max() == wanted and 0.8 < (counts == wanted).float().mean() < 1
+    else:
+        assert (counts == wanted).all()
     assert (neighbours(masks) > 1.15) == blocks and (blocks or neighbours(masks) < 1.05)
     assert len(masks.flatten(0, 1).unique(dim=0)) == masks.shape[0] * PARTS
 

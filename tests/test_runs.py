@@ -1093,7 +1093,35 @@ def test_init_and_export_in_words(whole, capsys):
     assert "give --init FILE" in sentence("vit.py --export plain.pt", capsys)
     assert "--stage" in sentence(f"beit_v2.py {TINY} --init last.pt", capsys)
     wrong = f"{BEIT} --init {whole['mae']}/encoder.pt --output_dir new"
-    assert "is missing there" in sentence(wrong, capsys)
+    assert "is no whole model of beit: give the last.pt of that run" in sentence(wrong, capsys)
+
+
+def test_flags_in_last_pt_tell_another_model(whole, capsys):
+    """--init and --resume compare them where no tensor tells the models apart, --resume those of the data and
+    the batches, too; a tensor that does not fit is explained by them."""
+    shutil.copytree(whole["mae"], "run")
+    assert "--decoder_heads 2 there and 4 here" in sentence(
+        f"{MAE} --decoder_heads 4 --init run/last.pt --output_dir new", capsys)
+    for flag, old, new in (("decoder_heads", 2, 4), ("batch_size", 20, 40), ("holdout", 0, 8)):
+        assert f"--{flag} {old} there and {new} here" in sentence(
+            f"mae.py --resume --{flag} {new} --output_dir run", capsys)
+    assert "--decoder_dim 16 there and 24 here" in sentence(
+        f"{MAE} --decoder_dim 24 --init run/last.pt --output_dir new", capsys)
+
+
+@pytest.mark.parametrize("name, offset", (("mae", 0.0), ("ibot", 0.1), ("beit", 0.0)))
+def test_an_export_is_judged_as_its_encoder(name, offset, whole):
+    """--export keeps what judging needs: how positions grow, the pixels' mean and std, all arguments; so its
+    k-NN says the same, at another size of images, too."""
+    source, results = whole[name] / "encoder.pt", []
+    run(f"vit.py --init {source} --export plain.pt")
+    content, (_, config, mean, std) = read(source), vit.read_encoder("plain.pt")
+    assert config == content["config"] and config.get("pos_offset", 0.0) == offset
+    assert (mean, std) == (content["mean"], content["std"]) and mean != data.STATS["imagenet"][0]
+    for path in (source, "plain.pt"):
+        run(f"vit.py {TINY} --mode knn --img_size 16 --init {path} --output_dir knn")
+        results.append(json.loads(Path("knn/result.json").read_text()) | {"init": ""})
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("name, kind", (("beit", "BEiT"), ("cae", "CAE"), ("beit_v2", "BEiTv2")))

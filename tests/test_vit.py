@@ -115,6 +115,23 @@ def test_official_learning_rates(golden, close, name, recipe):
     close(found, arrays[f"{name}_lr"])
 
 
+@pytest.mark.parametrize("steps", (0, 1, 2, 5, 15))
+def test_early_warmup_is_linspace(steps):
+    """With early = 1 / epoch_steps the warm-up of BEiT's, CAE's and iBOT's code, which reaches the peak at
+    its last step, then the cosine from the step after it on; without it the peak is where the cosine begins.
+    """
+    epoch_steps, epochs, lr, least = 5, 6, 3e-3, 1e-4
+    total, args = epochs * epoch_steps, argparse.Namespace(lr=lr, min_lr=least, warmup_epochs=steps / 5,
+                                                           epochs=epochs)
+    fall = [least + (lr - least) * (1 + math.cos(math.pi * i / (total - steps))) / 2
+            for i in range(total - steps)]
+    for early, ramp in ((1 / epoch_steps, np.linspace(0, lr, steps)),
+                        (0.0, np.linspace(0, lr, steps, endpoint=False))):
+        found = [vit.cosine_lr(step / epoch_steps, args, early=early) for step in range(total)]
+        assert found == pytest.approx([*ramp, *fall], rel=1e-9, abs=1e-12)
+    assert vit.cosine_lr(steps / 10, args) == vit.cosine_lr(steps / 10, args, early=0.0)
+
+
 # ---- parts ----
 
 
@@ -156,7 +173,6 @@ def test_patches_and_images_are_inverse():
         r, c = i // 3 * 4, i % 3 * 4
         assert torch.equal(patches[:, i], imgs[:, :, r:r + 4, c:c + 4].flatten(1))
     assert torch.equal(vit.image_of(patches, 4), imgs)
-    assert torch.equal(vit.patches_of(imgs[:, :, :8], 4), patches[:, :6])           # need not be square
 
 
 @pytest.mark.parametrize("unbiased", (True, False))
@@ -176,6 +192,19 @@ def test_normalised_patches_by_hand(unbiased):
                 assert mean[b, i].item() == pytest.approx(m)
                 assert std[b, i].item() == pytest.approx(s, rel=1e-4)
                 assert target[b, i].tolist() == pytest.approx([(x - m) / s for x in values], abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", ((16, 64), (48, 24), (64, 16), (30, 30)))
+def test_images_that_patches_do_not_tile_are_refused(shape):
+    """Not square, if only in number of patches, or a side that the patch does not divide: one sentence with
+    the shape, from patches_of and both stems, so from every model."""
+    imgs = torch.randn(2, 3, *shape)
+    readers = (lambda x: vit.patches_of(x, 8), vit.PatchEmbed(8, 16), vit.PatchEmbed(8, 16, "conv"),
+               tiny_vit(patch_size=8).features, tiny_vit(patch_size=8, stem="conv").features)
+    for reader in readers:
+        with pytest.raises(AssertionError, match=f"2, 3, {shape[0]}, {shape[1]}"):
+            reader(imgs)
+        assert reader(torch.randn(2, 3, 32, 32)).shape[0] == 2
 
 
 def slow_spline(knots, values, places):
@@ -341,10 +370,21 @@ def dino_checkpoint(state):
             "args": argparse.Namespace(arch="vit_tiny"), "epoch": 3}
 
 
+def headless(state):
+    return {name: value for name, value in state.items() if not name.startswith("head")}
+
+
+def masked(state):
+    return headless(state) | {"masked_embed": torch.zeros(1, 192)}
+
+
 @pytest.mark.parametrize("wrap, offset", ((dict, 0.0), (lambda s: {"model": s}, 0.0),
-                                          (lambda s: {"state_dict": s}, 0.1), (dino_checkpoint, 0.1)))
+                                          (lambda s: {"state_dict": s}, 0.0), (headless, 0.0),
+                                          (masked, 0.1), (lambda s: {"state_dict": masked(s)}, 0.1),
+                                          (dino_checkpoint, 0.1)))
 def test_foreign_files(tmp_path, wrap, offset):
-    """timm, MAE and DINO layouts: wrappers and prefixes go, the size is read off, positions interpolated."""
+    """timm, MAE and DINO layouts: wrappers and prefixes go, the size is read off, positions interpolated: as
+    DINO's are where a backbone or iBOT's token for hidden patches proves that it is such a file."""
     torch.manual_seed(0)
     source = ViT(**vit.SIZES["tiny"], img_size=32, patch_size=4, num_classes=10)
     torch.save(wrap(source.state_dict()), tmp_path / "file.pth")
