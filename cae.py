@@ -257,9 +257,9 @@ def pictures(model, tokenizer, views, mask, source, path):
             return data.resize(tokenizer.paint(x), imgs.shape[-1]).cpu()
         everything, straight = codes.scatter(1, ids_hidden, pred.argmax(-1)), straight.argmax(-1)
         best = {"true codes, painted": paint(codes)}
-        right, all_right = ((pred.argmax(-1) == take(codes, ids_hidden)).float().mean(),
-                            (straight == codes).float().mean())
-        title = f"right codes: {right:.1%} of the hidden ones, {all_right:.1%} straight from the encoder"
+        hits = pred.argmax(-1) == take(codes, ids_hidden)
+        title = (f"right codes: {hits.float().mean():.1%} of the hidden ones, "
+                 f"{(straight == codes).float().mean():.1%} straight from the encoder")
     image = data.to_pixels(imgs, source)
     visible, pixel_mask = data.hide(image, mask)
     rows = {"image": image, "visible": visible,

@@ -419,8 +419,7 @@ def main():
     state = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **state)
     (samples,) = data.some_images(args, val_set, 1000, whole)
-    trivial = f"{trivial_level(samples, args.recon):.3f} (one colour everywhere, no KL)"
-    data.describe(args, model, loader, trivial)
+    data.describe(args, model, loader, f"{trivial_level(samples, args.recon):.3f} (one colour, no KL)")
     log = data.Log(args, loader, start)
 
     def evaluate(step):

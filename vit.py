@@ -227,20 +227,16 @@ class PatchEmbed(nn.Module):
 
     def forward(self, imgs):
         if self.stem:
-            check_square(imgs, self.patch_size)
+            side, p = imgs.shape[3], self.patch_size
+            assert imgs.shape[2] == side and side % p == 0, f"{tuple(imgs.shape)} in {p} px patches"
             return self.proj(self.stem(imgs)).flatten(2).transpose(1, 2)                    # (B, N, D)
         return self.embed(patches_of(imgs, self.patch_size))
 
 
 def patches_of(imgs, p):
     """(B, 3, H, W) -> (B, N, 3 p p): patches in raster order, each flattened channel first"""
-    check_square(imgs, p)
+    assert imgs.shape[2] == imgs.shape[3] and imgs.shape[2] % p == 0, f"{tuple(imgs.shape)} in {p} px patches"
     return F.pixel_unshuffle(imgs, p).flatten(2).transpose(1, 2)
-
-
-def check_square(imgs, p):
-    H, W = imgs.shape[-2:]
-    assert H == W and H % p == 0, f"{tuple(imgs.shape)}: images must be square, with a side that {p} divides"
 
 
 def image_of(patches, p):
