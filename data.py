@@ -16,6 +16,7 @@ mask: 1 = hidden, in every file.
 import argparse
 import atexit
 import contextlib
+import glob
 import hashlib
 import http.client
 import itertools
@@ -34,9 +35,9 @@ import time
 import urllib.request
 import zipfile
 import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,14 +46,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 # ============================================================================================================
 #  SETS: what is on disk
 # ============================================================================================================
 
 SIDES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "imagenet": 224}   # pixels
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+OTHERS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF")  # Pillow reads these by other programs or not
+ENDINGS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind not in OTHERS)
+FORMATS = [kind for kind in Image.ID if kind not in OTHERS]     # of a file's content, whatever its ending
 STATS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
          "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
          "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
@@ -87,7 +90,7 @@ def stop(message):
 def say(text):
     """Print on one of the ranks, at once."""
     if rank() == 0:
-        print(text, flush=True)
+        print(text.encode(errors="backslashreplace").decode(), flush=True)  # names may hold any bytes
 
 
 @dataclass
@@ -98,6 +101,7 @@ class Images:
     classes: list
     mean: tuple                        # of the pixels in [0, 1], a number a channel
     std: tuple
+    skipped: set = field(default_factory=set)   # paths of unreadable files; None: all must be readable
 
     def __len__(self):
         return len(self.labels)
@@ -108,7 +112,7 @@ class Images:
 
     def subset(self, index):
         imgs = [self.imgs[i] for i in index] if self.streamed else self.imgs[index]
-        return Images(imgs, self.labels[index], self.classes, self.mean, self.std)
+        return replace(self, imgs=imgs, labels=self.labels[index])
 
 
 # ---- shapes: drawn here, so that everything runs offline ----
@@ -219,14 +223,15 @@ def unpack(path, folder):
 
 
 def find_set(name, data_dir):
-    """The folder of data set `name`: as it lies there, else from an archive that lies there, else downloaded.
+    """The folder of data set `name`: data_dir or in it, else from an archive there, else downloaded.
 
     Under torchrun one rank a machine works and the others wait. -> (folder, archive description)"""
     archives = ARCHIVES[name]
     while True:
         for archive in archives:
-            if (data_dir / archive.folder).is_dir():
-                return data_dir / archive.folder, archive
+            for folder in (data_dir / archive.folder, data_dir.absolute()):
+                if folder.name == archive.folder and folder.is_dir():
+                    return folder, archive
         if local_rank() == 0:
             break
         time.sleep(0.5)  # torchrun ends the waiting ranks if rank 0 fails
@@ -259,6 +264,24 @@ def writing(path):
 
 # ---- readers ----
 
+def tried(read, path):
+    """-> read(path) or, whatever a damaged file makes it raise, a str that names the file and the reason"""
+    try:
+        return read(path)
+    except Exception as error:                                  # Pillow, numpy and pickle raise nearly all
+        return f"{path} ({str(error).split(repr(str(path)))[0].strip(' :') or type(error).__name__})"
+
+
+def read_all(read, paths, folder=None):
+    """[read(path) of all paths]. Raises: exits with one sentence that names all damaged files of `folder`."""
+    with ThreadPoolExecutor() as pool:                          # Pillow decodes without holding Python's lock
+        contents = list(pool.map(lambda path: tried(read, path), paths))
+    if broken := [content for content in contents if isinstance(content, str)]:
+        stop(f"missing or damaged: {', '.join(broken)}; delete "
+             + (f"{folder} to have it unpacked or downloaded again" if folder else "or replace these files"))
+    return contents
+
+
 class ArrayUnpickler(pickle.Unpickler):
     """Reads the pickled CIFAR batches and builds numpy arrays and plain containers, nothing else."""
 
@@ -275,7 +298,10 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def unpickle(path):
     with open(path, "rb") as stream:
-        return ArrayUnpickler(stream, encoding="bytes").load()
+        content = ArrayUnpickler(stream, encoding="bytes").load()
+        if stream.read(1):
+            raise ValueError("it goes on after its end")
+    return content
 
 
 def read_cifar(name, data_dir, train):
@@ -284,31 +310,29 @@ def read_cifar(name, data_dir, train):
     ten, binary = name == "cifar10", archive is ARCHIVES[name][0]
     files = ([f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]) if ten else \
         ["train" if train else "test"]
-    imgs, labels = [], []
-    records = 10_000 if ten or not train else 50_000
-    try:
-        for file in files:
-            path = folder / (file + ".bin" if binary else file)
-            if binary:
-                rows = np.fromfile(path, np.uint8).reshape(records, 3073 if ten else 3074)
-                imgs.append(rows[:, -3072:])
-                labels.append(rows[:, -3073])  # the last label is the fine one
-            else:
-                batch = unpickle(path)
-                imgs.append(batch[b"data"].reshape(records, 3072))
-                labels.append(np.array(batch[b"labels" if ten else b"fine_labels"]).reshape(records))
+    records, kinds = 10_000 if ten or not train else 50_000, 10 if ten else 100
+
+    def read_batch(path):
         if binary:
-            path = folder / ("batches.meta.txt" if ten else "fine_label_names.txt")
-            classes = path.read_text().split()
+            rows = np.fromfile(path, np.uint8).reshape(records, 3073 if ten else 3074)
+            pixels, labels = rows[:, -3072:], rows[:, -3073]    # the last label is the fine one
         else:
-            path = folder / ("batches.meta" if ten else "meta")
-            classes = [c.decode() for c in unpickle(path)[b"label_names" if ten else b"fine_label_names"]]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError,
-            pickle.UnpicklingError) as error:                   # all that a damaged pickle may raise
-        stop(f"{path} is missing or damaged ({error}): "
-             f"delete {folder} to have it unpacked or downloaded again")
-    imgs = torch.from_numpy(np.concatenate(imgs)).view(-1, 3, 32, 32)
-    return imgs, torch.from_numpy(np.concatenate(labels)).long(), classes
+            batch = unpickle(path)
+            pixels, labels = batch[b"data"], np.array(batch[b"labels" if ten else b"fine_labels"])
+        right = (pixels.shape, pixels.dtype, labels.shape) == ((records, 3072), np.uint8, (records,))
+        if not right or not set(labels.tolist()) <= set(range(kinds)):
+            raise ValueError(f"not {records:,} images of 3,072 bytes with labels below {kinds}")
+        return pixels, labels.astype(np.int64)
+
+    def read_classes(path):
+        classes = path.read_text().split() if binary else [
+            c.decode() for c in unpickle(path)[b"label_names" if ten else b"fine_label_names"]]
+        return classes if len(set(classes)) == kinds else f"{path} (not the names of {kinds} classes)"
+
+    parts = read_all(read_batch, [folder / (file + ".bin" * binary) for file in files], folder)
+    imgs, labels = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts))
+    names = ("batches.meta" if ten else "fine_label_names" if binary else "meta") + ".txt" * binary
+    return imgs.view(-1, 3, 32, 32), labels, *read_all(read_classes, [folder / names], folder)
 
 
 def read_tiny_imagenet(data_dir):
@@ -316,15 +340,27 @@ def read_tiny_imagenet(data_dir):
     cache = data_dir / "tiny-imagenet-200.pt"
     if not cache.exists() and local_rank() == 0:
         folder, _ = find_set("tiny-imagenet", data_dir)
-        classes = sorted((folder / "wnids.txt").read_text().split())
-        paths, labels, _ = scan_folder(folder / "train", classes, inner="images")
-        val = [line.split("\t")[:2] for line in (folder / "val/val_annotations.txt").read_text().splitlines()]
-        val_paths = [folder / "val/images" / file for file, _ in val]
-        with ThreadPoolExecutor() as pool:                      # Pillow decodes without holding Python's lock
-            imgs, val_imgs = (torch.stack(list(pool.map(open_rgb, files))) for files in (paths, val_paths))
+        paths, labels, classes = scan_folder(folder / "train")
+        if len(set(labels.bincount().tolist())) > 1:
+            stop(f"the classes in {folder / 'train'} are not of as many images each: delete {folder} to have "
+                 f"it unpacked or downloaded again")
+
+        def read_list(path):
+            rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+            listed = Counter(row[0] for row in rows)
+            found = Counter(classes if path.name == "wnids.txt" else os.listdir(path.parent / "images"))
+            for name in listed | found:
+                if listed[name] != found[name] and name[0] != ".":
+                    raise ValueError(f"{name}: listed {listed[name]} times, found {found[name]} times")
+            return [(row[0], classes.index(row[:2][-1])) for row in rows]
+
+        _, val = read_all(read_list, [folder / "wnids.txt", folder / "val/val_annotations.txt"], folder)
+        val_paths = [folder / "val/images" / name for name, _ in val]
+        imgs, val_imgs = (torch.stack(read_all(lambda path: open_rgb(path).expand(3, 64, 64), part, folder))
+                          for part in (paths, val_paths))
         mean, std = pixel_stats(imgs)
         kept = {"train_imgs": imgs, "train_labels": labels, "val_imgs": val_imgs,
-                "val_labels": torch.tensor([classes.index(wnid) for _, wnid in val]),
+                "val_labels": torch.tensor([label for _, label in val]),
                 "classes": classes, "mean": mean, "std": std}
         with writing(cache):
             save_atomically(kept, cache)
@@ -335,13 +371,27 @@ def read_tiny_imagenet(data_dir):
             (kept["mean"], kept["std"]))
 
 
+def to_rgb(img):
+    """An image of Pillow's in RGB, as people see it: turned by its EXIF data, transparency over white, more
+    than 8 bits a channel scaled to 8. Raises ValueError if integers exceed 16 bits, or floats [0, 1]."""
+    img.load()
+    with contextlib.suppress(Exception):                        # damaged EXIF data turn nothing
+        ImageOps.exif_transpose(img, in_place=True)
+    if img.mode[0] in "IF":
+        levels = np.asarray(img) / (1 if img.mode == "F" else 65535)
+        if not 0 <= levels.min() <= levels.max() <= 1:
+            raise ValueError("its levels are neither integers of 16 bits nor floats in [0, 1]")
+        img = Image.fromarray((levels * 255).round().astype(np.uint8))
+    if img.has_transparency_data:
+        img = img.convert("RGBA")
+        img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
+    return img if img.mode == "RGB" else img.convert("RGB")
+
+
 def open_rgb(path):
-    """A whole image file as (3, H, W) uint8; grey and palette images become RGB."""
-    try:
-        with Image.open(path) as img:
-            return torch.from_numpy(np.array(img.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:
-        stop(f"the image {path} cannot be read ({error}): delete it or replace it")
+    """A whole image file as (3, H, W) uint8."""
+    with Image.open(path, formats=FORMATS) as img:
+        return torch.from_numpy(np.array(to_rgb(img))).permute(2, 0, 1)
 
 
 def pixel_stats(imgs):
@@ -354,26 +404,33 @@ def pixel_stats(imgs):
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def scan_folder(root, classes=None, inner=""):
-    """Image files below root/<class>/<inner>, in sorted order. -> paths, labels (n,), classes"""
+def scan_folder(root, classes=None):
+    """Pictures at any depth below root/<class>, sorted; in root, of a class "", if it holds no folders.
+
+    Names that begin with a dot are no data. -> paths, labels (n,), classes"""
     if not root.is_dir():
         stop(f"there is no folder {root}: --data takes {', '.join(SIDES)}, or a folder that holds "
              f"train/<class>/*.jpg and val/<class>/*.jpg")
-    found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not found:
-        stop(f"{root} holds no class folders: sort its images into {root}/<class>/")
+    entries = glob.glob("*", root_dir=root)                     # without names that begin with a dot
+    found = sorted(name for name in entries if (root / name).is_dir()) or [""]
     if classes is not None and (unknown := sorted(set(found) - set(classes))):
-        stop(f"{root / unknown[0]} is a class that the training images do not have: "
-             f"remove it, or add its training images")
+        stop(f"{root / unknown[0]} is a class that the training images do not have: remove it, or add its "
+             f"training images" if any(unknown) else
+             f"{root} is flat: move each image into {root}/<class>/, with the names of the training classes")
     classes = classes or found
-    paths, labels = [], []
+    paths, labels, others = [], [], entries if any(found) else []
     for name in found:
-        files = sorted(e.path for e in os.scandir(root / name / inner) if e.name.lower().endswith(ENDINGS))
+        inner = [os.path.join(name, path) for path in
+                 sorted(glob.iglob("**", root_dir=root / name, recursive=True))]
+        files = [os.path.join(root, path) for path in inner if path.lower().endswith(ENDINGS)]
         if not files:
-            stop(f"the class folder {root / name} holds no images ({' '.join(ENDINGS)}): "
-                 f"fill it or remove it")
+            stop(f"{root / name} holds no images that Pillow reads: fill it or remove it")
+        others += [path for path in inner if not path.lower().endswith(ENDINGS)]
         paths += files
         labels += [classes.index(name)] * len(files)
+    left_out = Counter(os.path.splitext(path)[1] or "others" for path in others if (root / path).is_file())
+    if left_out:
+        say(f"left out of {root}: {', '.join(f'{count} {ending}' for ending, count in left_out.items())}")
     return paths, torch.tensor(labels), classes
 
 
@@ -396,13 +453,20 @@ def load_sets(args):
     sets = [Images(imgs, labels, classes, *stats) if isinstance(imgs, list) else
             Images(imgs.to(args.device), labels.to(args.device), classes, *stats)
             for imgs, labels, classes in sets]
-    if args.holdout:
+    if len(sets) == 1 or args.holdout:
         n = len(sets[0])
-        if not 0 < args.holdout < n:
-            stop(f"--holdout {args.holdout} must lie between 1 and {n - 1}, "
+        holdout = args.holdout or max(1, n // 10)
+        if not 0 < holdout < n:
+            stop(f"--holdout {holdout} must lie between 1 and {n - 1}, "
                  f"the number of training images less one")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))   # the same for every seed
-        sets = [sets[0].subset(order[args.holdout:]), sets[0].subset(order[:args.holdout])]
+        sets = [sets[0].subset(order[holdout:]), sets[0].subset(order[:holdout])]
+        say(f"{holdout} of the {n} training images stand in for the validation set")
+    if sets[1].streamed and local_rank() == 0:                  # if one is damaged, before the first step
+        read_all(lambda path: crop_file(path, [View(1)]), sets[1].imgs)
+    sets[1].skipped = None
+    for source in sets:
+        source.classes = [name.encode(errors="backslashreplace").decode() for name in source.classes]
     args.images = len(sets[0])
     return sets
 
@@ -413,17 +477,16 @@ def read_folders(root, holdout):
     -> [(paths, labels, classes) of each]"""
     split = (root / "train").is_dir() or (root / "val").is_dir()
     sets = [scan_folder(root / "train" if split else root)]
-    if holdout:
-        return sets
+    classes = sets[0][2]
+    if len(classes) == 1:
+        say(f"{root} has no two class folders: it serves pre-training only, without the k-NN monitor")
+    if holdout or classes == [""] and not (root / "val").is_dir():
+        return sets                                             # of which load_sets takes some for validation
     if not split:
         n = len(sets[0][0])
         stop(f"{root} has no train/ and val/ folders: add --holdout {max(1, n // 10)} to set that many of "
              f"its {n} images aside for validation")
-    val = root / "val"
-    if val.is_dir() and not any(entry.is_dir() for entry in os.scandir(val)):
-        stop(f"{val} is flat: move each image into {val}/<class>/, "
-             f"with the class folders' names of {root / 'train'}")
-    return [*sets, scan_folder(val, sets[0][2])]
+    return [*sets, scan_folder(root / "val", classes)]
 
 
 # ============================================================================================================
@@ -817,46 +880,52 @@ def crop_in_memory(imgs, views):
 
 def crop_file(path, views):
     """The crops of one image file, (3, s, s) uint8. A JPEG is decoded no larger than they need (`draft`)."""
-    boxes, crops = [], []
-    with Image.open(path) as img:
-        W, H = img.size
+    boxes, crops, turn = [], [], 1
+    with Image.open(path, formats=FORMATS) as img:
+        with contextlib.suppress(Exception):                    # of damaged EXIF data
+            turn = -1 if img.format != "TIFF" and img.getexif().get(274) in (5, 6, 7, 8) else 1
+        W, H = img.size[::turn]                                 # after turning, as a TIFF's are already
         for view in views:
-            side = min(H, W) * (0.875 if view.size <= 224 else 1.0)  # the centre: 224 of 256, as all do
+            side = max(1, min(H, W) * (0.875 if view.size <= 224 else 1.0))  # 224 of 256, as all do
             boxes.append(random_boxes(1, H, W, view.scale, view.ratio)[0].tolist() if view.scale else
                          ((H - side) / 2, (W - side) / 2, side, side))
         shrink = min(min(h, w) / view.size for (_, _, h, w), view in zip(boxes, views))
-        drafted = img.draft(None, (int(W / shrink), int(H / shrink))) if shrink >= 2 else None
-        right, bottom = drafted[1][2:] if drafted else (W, H)  # may lie inside the last pixel: W / 4, ...
+        drafted = img.draft(None, (int(W / shrink), int(H / shrink))[::turn]) if shrink >= 2 else None
+        right, bottom = drafted[1][2:][::turn] if drafted else (W, H)  # may lie inside the last pixel
         sx, sy = right / W, bottom / H
+        img = to_rgb(img)
         for (top, left, h, w), view in zip(boxes, views):
             box = (left * sx, top * sy, min((left + w) * sx, img.width), min((top + h) * sy, img.height))
             if drafted:  # Pillow resizes from a box between pixels, torch faster from whole ones
                 crop = img.resize((view.size, view.size), Image.Resampling.BICUBIC, box=box)
             else:
-                crop = img.crop([round(edge) for edge in box])
-            crop = torch.from_numpy(np.array(crop.convert("RGB"))).permute(2, 0, 1)
+                x, y, right, bottom = (round(edge) for edge in box)
+                crop = img.crop((x, y, max(right, x + 1), max(bottom, y + 1)))
+            crop = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
             crops.append(F.interpolate(crop[None], (view.size, view.size), mode="bicubic", antialias=True)[0])
     return crops
 
 
 class FileCrops(torch.utils.data.Dataset):
-    """What workers of a streamed set do: (index, seed) -> crops, label, index of an unreadable file or -1."""
+    """What workers of a streamed set do: (index, seed) -> crops, label, index and what is wrong with it or ""
+
+    A random image, another in every epoch, takes the place of an unreadable one; label -1: none does."""
 
     def __init__(self, source, views):
         self.source, self.views = source, views
 
     def __getitem__(self, key):
         index, seed = key
-        broken = -1
+        other, wrong = index, ""
         with torch.random.fork_rng(devices=[]):  # without workers, a step draws on after this
             torch.manual_seed(seed)  # the crop depends on the image and the epoch alone
-            for other in range(index, index + 100):  # an unreadable file is replaced by the next one
-                other %= len(self.source)
-                try:
-                    return crop_file(self.source.imgs[other], self.views), self.source.labels[other], broken
-                except (OSError, SyntaxError, ValueError):
-                    broken = index if broken < 0 else broken
-        raise RuntimeError(f"100 image files in a row cannot be read, from {self.source.imgs[index]} on")
+            for _ in range(100):
+                crops = tried(lambda path: crop_file(path, self.views), self.source.imgs[other])
+                if not isinstance(crops, str):
+                    return crops, self.source.labels[other], index, wrong
+                other, wrong = int(torch.randint(len(self.source), ())), wrong or crops
+        crops = [torch.zeros(3, view.size, view.size, dtype=torch.uint8) for view in self.views]
+        return crops, torch.tensor(-1), index, wrong
 
 
 class Loader:
@@ -878,7 +947,7 @@ class Loader:
         self.all_steps = args.epochs * self.epoch_steps         # those of the recipe: schedules count them
         self.total_steps = min(self.all_steps, args.max_steps or self.all_steps)
         self.interrupted = False                                # set by the log after a signal
-        self.skipped = set()                                    # image files that could not be read
+        self.skipped = source.skipped                           # image files that could not be read
 
     def steps(self, start, net):
         """Yield (step, parts) from step `start` on, until a signal; `parts` yields accum_steps batches.
@@ -922,17 +991,18 @@ class Loader:
         workers = torch.utils.data.DataLoader(
             FileCrops(self.source, self.views), batch_sampler=keys, num_workers=self.args.num_workers,
             pin_memory="cuda" in device, generator=torch.Generator())   # its own: a step's is not touched
-        for crops, labels, broken in workers:
-            self.note_broken(broken[broken >= 0].tolist())
+        for crops, labels, index, wrong in workers:
+            self.note_broken({self.source.imgs[i]: text for i, text in zip(index, wrong) if text}, labels)
             crops = [crop.to(device, non_blocking=True).float() / 255 for crop in crops]
             yield make_views(crops, self.views, *stats), labels.to(device, non_blocking=True)
 
-    def note_broken(self, numbers):
-        for i in set(numbers) - self.skipped:
-            if not self.train:
-                stop(f"the image {self.source.imgs[i]} cannot be read: delete it or replace it")
-            self.skipped.add(i)
-            print(f"\ncannot read the image {self.source.imgs[i]}: another one is used in its place "
+    def note_broken(self, broken, labels):
+        """Name {path: what is wrong}, once. Raises: exits if nothing may or can take the place of one."""
+        if broken and (self.skipped is None or labels.min() < 0):
+            stop(f"unreadable images, delete or replace them: {', '.join(broken.values())}")
+        if new := [text for path, text in broken.items() if path not in self.skipped]:
+            self.skipped.update(broken)
+            print(f"\nunreadable images, others are used in their place: {', '.join(new)} "
                   f"({len(self.skipped)} so far)", file=sys.stderr, flush=True)
 
     def __iter__(self):
@@ -1021,9 +1091,10 @@ def side_of(data_name, most=100):
         return SIDES[data_name]
     sides = []
     for folder, inner, files in os.walk(data_name):
-        inner.sort()
-        for path in [Path(folder, name) for name in sorted(files) if name.lower().endswith(ENDINGS)][:5]:
-            with contextlib.suppress(OSError), Image.open(path) as img:
+        inner[:] = sorted(name for name in inner if name[0] != ".")
+        files = sorted(name for name in files if name[0] != "." and name.lower().endswith(ENDINGS))
+        for path in [Path(folder, name) for name in files[:5]]:
+            with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as img:
                 sides.append(min(img.size))
         if len(sides) >= most:
             break
@@ -1355,6 +1426,7 @@ class Log:
         """Add a line to log.jsonl (after `step` updates); evaluations are printed, too."""
         if rank():
             return
+        values = {name: value for name, value in values.items() if value is not None}
         seconds = round(self.before + time.perf_counter() - self.began, 1)
         entry = {"step": step, "epoch": round(step / self.loader.epoch_steps, 3), "seconds": seconds,
                  **{k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in values.items()}}
@@ -1366,7 +1438,7 @@ class Log:
             self.window = time.perf_counter()  # images/s leaves evaluations out
             start = "\r\033[K" if sys.stderr.isatty() else ""
             print(f"{start}epoch {entry['epoch']:g}: "
-                  + ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+                  + (", ".join(f"{k} {v:.4g}" for k, v in values.items()) or "pictures")
                   + f" after {timedelta(seconds=int(seconds))}", flush=True)
 
     def every(self, epochs, done):
@@ -1628,10 +1700,13 @@ def encode(args, features, source):
             outputs.append(features(imgs).float())
         labels.append(y)
     outputs, labels = torch.cat(outputs), torch.cat(labels)
+    if source.skipped:
+        labels[[path in source.skipped for path in source.imgs[rank()::world_size()]]] = -1
     pad = math.ceil(len(source) / world_size()) - len(labels)   # the shares differ by one image at most
-    outputs, labels = all_rows(F.pad(outputs, (0, 0, 0, pad))), all_rows(F.pad(labels, (0, pad)))
-    return tuple(t.unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[:len(source)]
-                 for t in (outputs, labels))                    # back to the set's order
+    outputs, labels = all_rows(F.pad(outputs, (0, 0, 0, pad))), all_rows(F.pad(labels, (0, pad), value=-1))
+    outputs, labels = (t.unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)
+                       for t in (outputs, labels))              # back to the set's order
+    return outputs[labels >= 0], labels[labels >= 0]            # without padding and unreadable images
 
 
 def knn_vote(train_x, train_y, x, ks, num_classes, temperature=0.07):
@@ -1652,7 +1727,10 @@ def knn_vote(train_x, train_y, x, ks, num_classes, temperature=0.07):
 
 
 def knn_monitor(args, model, train_set, val_set, k=20, bank=50_000):
-    """Accuracy in % of a k-NN vote over at most `bank` training images, on model.features(imgs) -> (B, D)."""
+    """Accuracy in % of a k-NN vote over at most `bank` training images, on model.features(imgs) -> (B, D).
+    None if all are of one class."""
+    if len(train_set.classes) == 1:
+        return None
     if len(train_set) > bank:
         train_set = train_set.subset(
             torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:bank])

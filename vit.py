@@ -823,6 +823,8 @@ def main():
         data.stop("--mode train starts from scratch: use --mode finetune with --init FILE")
     data.setup(args)
     train_set, val_set = data.load_sets(args)
+    if len(train_set.classes) < 2:
+        data.stop(f"--mode {mode} needs labels: sort the images of {args.data} into two or more folders")
     if args.label_fraction < 1:
         train_set = label_subset(train_set, args.label_fraction)
     model, stats = build(args, len(train_set.classes) if mode in ("train", "finetune") else 0,

@@ -1347,10 +1347,10 @@ def test_an_epoch_gives_an_image_new_crops(workers, pets):
 @pytest.mark.parametrize("content", [b"", b"no image at all", "truncated"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_corrupt_jpeg_is_replaced_in_training(content, workers, tmp_path, capfd):
-    """In training a file that cannot be read is named once, counted, and replaced by its neighbour; the
-    rest is as ever."""
+    """In training a file that cannot be read is named once, counted, and replaced by another, a new one in
+    every epoch and the same after a resume; the rest is as ever."""
     root = write_folders(tmp_path)
-    args = make_args(data=str(root), batch_size=6, num_workers=workers)
+    args = make_args(data=str(root), batch_size=6, num_workers=workers, epochs=8)
     source = data.load_sets(args)[0]
     view = [data.View(16)]
     whole = all_batches(data.Loader(args, source, view))
@@ -1359,25 +1359,33 @@ def test_a_corrupt_jpeg_is_replaced_in_training(content, workers, tmp_path, capf
     loader = data.Loader(args, source, view)
     damaged = all_batches(loader)
     text = capfd.readouterr().err
-    assert loader.skipped == {2} and text.count(str(broken)) == 1 and "(1 so far)" in text
+    assert loader.skipped == {str(broken)} and text.count(str(broken)) == 1 and "(1 so far)" in text
     for step, ((views, labels, _),) in damaged.items():
         order = numbers(loader, step)
         for img, wanted, i in zip(views[0], whole[step][0][0][0], order.tolist()):
             assert torch.equal(img, wanted) == (i != 2)
-    first_epoch = {i: img for step in (0, 1)
-                   for i, img in zip(numbers(loader, step).tolist(), damaged[step][0][0][0])}
-    assert torch.equal(first_epoch[2], first_epoch[3])
+    own = {i: img for step in (0, 1) for i, img in zip(numbers(loader, step).tolist(), whole[step][0][0][0])}
+    others = [next(i for i in own if torch.equal(img, own[i])) for step, ((views, _, _),) in damaged.items()
+              for img, n in zip(views[0], numbers(loader, step).tolist()) if n == 2]
+    assert len(others) == 8 and 2 not in others and len(set(others)) > 3
+    assert_same(all_batches(data.Loader(args, source, view), 7), damaged)
 
 
 def test_a_replacement_brings_its_own_label(tmp_path, capfd):
-    """The image that replaces the last one of a class is of the next class, and so is its label."""
+    """The label of a replaced image is that of the image which is shown in its place."""
     root = write_folders(tmp_path)
-    args = make_args(data=str(root), batch_size=12, epochs=1)
+    args = make_args(data=str(root), batch_size=12, epochs=20)
     source = data.load_sets(args)[0]
+    wanted = [data.crop_file(path, [data.View(16)])[0] / 255 for path in source.imgs]
     Path(source.imgs[5]).write_bytes(b"")
+    seen = set()
     loader = data.Loader(args, source, [data.View(16)])
-    (((_, labels, _),),) = all_batches(loader).values()
-    assert labels[numbers(loader, 0).argsort()].tolist() == [0] * 5 + [1] * 7
+    for step, ((views, labels, _),) in all_batches(loader).items():
+        place = numbers(loader, step).tolist().index(5)
+        img = data.to_pixels(views[0][place:place + 1], source)[0]
+        assert labels[place] == source.labels[min(range(12), key=lambda i: (img - wanted[i]).abs().max())]
+        seen.add(int(labels[place]))
+    assert seen == {0, 1}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1391,9 +1399,12 @@ def test_a_corrupt_jpeg_ends_an_evaluation(workers, tmp_path, capsys):
 
 
 def test_an_unreadable_small_image_is_named(tmp_path, capsys):
-    """open_rgb ends in one sentence with the file's name."""
-    (tmp_path / "a.jpg").write_bytes(b"no image")
-    assert str(tmp_path / "a.jpg") in said(capsys, data.open_rgb, tmp_path / "a.jpg")
+    """Reading pictures ends in one sentence with the names of all that cannot be read."""
+    paths = [tmp_path / "a.jpg", tmp_path / "b.jpg", tmp_path / "c.jpg"]
+    paths[0].write_bytes(b"no image")
+    write_image(paths[1], 1)
+    text = said(capsys, data.read_all, data.open_rgb, paths)
+    assert [str(path) in text for path in paths] == [True, False, True]
 
 
 # ---- loader ----
