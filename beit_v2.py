@@ -34,7 +34,6 @@ tokenizer view and fused biases as in beit.py.
 """
 import math
 import sys
-import zipfile
 from pathlib import Path
 
 import torch
@@ -44,8 +43,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import data
-from vit import (SIZES, Block, ViT, cosine_lr, init_beit, load_init, load_weights, official_state,
-                 param_groups, read_encoder, rescale, set_lr, take)
+from vit import (SIZES, Block, ViT, cosine_lr, infer_config, init_beit, load_init, load_weights,
+                 official_state, param_groups, read_encoder, rescale, set_lr, take)
 
 # one value, or four: shapes, laptop, small, imagenet (the paper's appendix); meaning; range
 SHARED = {
@@ -236,14 +235,6 @@ CLIP_NAMES = {"class_embedding": "cls_token", "positional_embedding": "pos_embed
               "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 
-def read_teacher(path):
-    """The content of a teacher's file; OpenAI's CLIP is an archive of TorchScript."""
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in
-                                        zipfile.ZipFile(path).namelist()):
-        return torch.jit.load(path, map_location="cpu").state_dict()
-    return data.load_file(path)
-
-
 def read_clip(path, content):
     """CLIP's visual tower, from the content of OpenAI's file: the network under our names.
 
@@ -255,14 +246,11 @@ def read_clip(path, content):
             for theirs, ours in CLIP_NAMES.items():
                 name = name.replace(theirs, ours)
             state[name] = value.float()
-    D, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    D, *_ = state["patch_embed.proj.weight"].shape
     state["cls_token"], state["pos_embed"] = state["cls_token"].view(1, 1, D), state["pos_embed"][None]
     state["patch_embed.proj.bias"] = torch.zeros(D)
     state["head.weight"] = state.pop("proj").T
-    model = CLIP(len(state["head.weight"]), embed_dim=D, num_heads=D // 64, patch_size=patch_size,
-                 img_size=math.isqrt(state["pos_embed"].shape[1] - 1) * patch_size,
-                 depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}))
-    return data.load_state(model, state, path)
+    return data.load_state(CLIP(len(state["head.weight"]), **infer_config(state, D // 64)), state, path)
 
 
 class Teacher(nn.Module):
@@ -270,9 +258,10 @@ class Teacher(nn.Module):
 
     def __init__(self, path, grid):
         super().__init__()
-        content = read_teacher(path)
+        content = data.load_file(path, "visual.conv1.weight")
         if "visual.conv1.weight" in content:
-            self.encoder, (mean, std) = read_clip(path, content), CLIP_STATS
+            with data.reading(path, "OpenAI's CLIP"):
+                self.encoder, (mean, std) = read_clip(path, content), CLIP_STATS
         else:
             state, config, mean, std = read_encoder(path, content=content)
             self.encoder = ViT(**config | {"num_classes": 0, "drop_path": 0.0})
@@ -431,19 +420,20 @@ def load_tokenizer(path):
 
     Raises: exits with one sentence if the file is neither."""
     content = data.load_file(path)
-    if content.get("method") == "beit_v2" and "num_codes" in content.get("config", {}):
-        state, config = content["model"], dict(content["config"])
-    else:
-        state = official_tokenizer(content)
-        if "quantizer.codebook" not in state:
-            data.stop(f"{path} is no tokenizer of beit_v2.py: train one with --stage tokenizer, and give its "
-                      f"tokenizer.pt")
-        num_codes, code_dim = state["quantizer.codebook"].shape
-        config = {"encoder": read_encoder(path, content=content)[1], "num_codes": num_codes,
-                  "code_dim": code_dim,
-                  "decoder_depth": len({name.split(".")[2] for name in state if "decoder.blocks." in name}),
-                  "teacher_dim": len(state["decode_task_layer.2.bias"])}
-    model = VQKD(ViT(**config.pop("encoder")), **config)
+    with data.reading(path, "a tokenizer of beit_v2.py"):
+        if content.get("method") == "beit_v2" and "num_codes" in content["config"]:
+            state, config = content["model"], dict(content["config"])
+        else:
+            state = official_tokenizer(content)
+            if "quantizer.codebook" not in state:
+                data.stop(f"{path} is no tokenizer of beit_v2.py: train one with --stage tokenizer, and give "
+                          f"its tokenizer.pt")
+            num_codes, code_dim = state["quantizer.codebook"].shape
+            depth = len({name.split(".")[2] for name in state if "decoder.blocks." in name})
+            config = {"encoder": read_encoder(path, content=content)[1], "num_codes": num_codes,
+                      "code_dim": code_dim, "decoder_depth": depth,
+                      "teacher_dim": len(state["decode_task_layer.2.bias"])}
+        model = VQKD(data.build(path, ViT, config.pop("encoder")), **config)
     return data.load_state(model, state, path).requires_grad_(False).eval()
 
 

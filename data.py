@@ -16,9 +16,11 @@ mask: 1 = hidden, in every file.
 import argparse
 import atexit
 import contextlib
+import copy
 import glob
 import hashlib
 import http.client
+import inspect
 import itertools
 import json
 import math
@@ -35,7 +37,7 @@ import time
 import urllib.request
 import zipfile
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter, OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -83,6 +85,7 @@ ARCHIVES = {
 
 def stop(message):
     """End the program with one sentence and exit status 2: a user's mistake or a damaged file, its remedy."""
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)     # names are other people's
     print(f"\n{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -1071,7 +1074,9 @@ def early_flags(words, **choices):
 def resumed_flags(early, output_dir):
     """The flags of the run that is to be continued, {} if there is none."""
     path = Path(output_dir or "", "args.json")
-    return json.loads(path.read_text())["flags"] if early.resume and output_dir and path.exists() else {}
+    with reading(path, "the flags of a run"):
+        found = early.resume and output_dir and path.exists()
+        return dict(json.loads(path.read_text())["flags"]) if found else {}
 
 
 def merge(*tables):
@@ -1133,6 +1138,8 @@ def parse_args(doc, *recipe, words=None, folder=None):
     values |= dict(zip(("img_size", "patch_size"), pixels), data=data_name, recipe=column)
     for name in values.keys() & kept.keys():
         older = isinstance(values[name], list) and isinstance(kept[name], str)  # lists were "0,0.3" once
+        if not isinstance(values[name], (list, type(None))):
+            expect(Path(output_dir, "args.json"), kept[name], values[name], name)
         values[name] = [float(word) for word in kept[name].split(",")] if older else kept[name]
 
     title = f"{doc}\nThe defaults below are those of the recipe {column} ({why})."
@@ -1370,9 +1377,10 @@ class Log:
         self.means = {}                                         # what was logged last
         self.before, self.shown = 0.0, 0.0                      # seconds of the runs that this one resumes
         if self.path.exists() and rank() == 0:  # what came after the checkpoint will be run again
-            lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            lines = [line for line in lines if line["step"] <= start and start > 0]
-            self.before = lines[-1]["seconds"] if lines else 0.0
+            with reading(self.path, "a log"):                   # a kill may leave half a line at its end
+                lines = [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
+                lines = [line for line in lines if line["step"] <= start and start > 0]
+                self.before = float(lines[-1]["seconds"]) if lines else 0.0
             save_atomically("".join(json.dumps(line) + "\n" for line in lines), self.path)
         if args.resume and rank() == 0:
             save_args(args)                                     # not before last.pt has proved to fit
@@ -1496,25 +1504,153 @@ def save_atomically(content, path):
     temporary.replace(path)
 
 
-def load_file(path):
-    """A file of torch.save, on the CPU, executing nothing. Raises: exits with one sentence if damaged.
-
-    Besides tensors it may hold what official files do: flags in a Namespace, and numbers of numpy."""
-    scalar = np.float64(0).__reduce__()[0]
-    allowed = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8")),
-               *((scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core"))]
+@contextlib.contextmanager
+def reading(path, kind):
+    """Say in one sentence that the file at `path` cannot be read as `kind`, whatever that may raise."""
     try:
-        with torch.serialization.safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        stop(f"there is no file {path}: check the path")
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
-        reason = (str(error) or "it is empty").splitlines()[0]
-        stop(f"{path} cannot be read as a checkpoint ({reason}): it is truncated or of another kind; "
-             f"restore it from a copy or delete it")
-    if not isinstance(content, dict):
-        stop(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+        yield
+    except OSError as error:
+        stop(f"there is no file {path} that can be read ({error.strerror or error}): check the path")
+    except Exception as error:
+        reason = "it lacks " * isinstance(error, KeyError) + (str(error) or type(error).__name__)
+        stop(f"{path} cannot be read as {kind} ({reason:.200}): restore it from a copy if it is truncated or "
+             f"damaged, else name another file")
+
+
+class Shell(dict):
+    """Stands for whatever else a pickle names, class or function, and runs nothing. Of what it is given it
+    keeps the tensors, under the names that they have in a module's state_dict()."""
+
+    def __init__(self, *args, **options):
+        pass
+
+    def __setstate__(self, state):
+        for name, value in state.items() if isinstance(state, dict) else ():
+            if name in ("_parameters", "_buffers", "_modules"):
+                self.__setstate__(value)
+            elif isinstance(value, Shell):
+                self.update({f"{name}.{inner}": tensor for inner, tensor in value.items()})
+            elif torch.is_tensor(value):
+                self[name] = value
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Builds tensors, plain containers and shells: nothing that a file holds is ever executed.
+
+    raws: gets the bytes of the tensors by their key, (n,) uint8, zeros that are to be filled."""
+
+    def __init__(self, stream, raws):
+        super().__init__(stream)
+        self.raws = raws
+
+    def persistent_load(self, saved):
+        if saved[0] == "module":
+            return saved[1]
+        _, dtype, key, _, length = saved[:5]
+        self.raws.setdefault(key, torch.zeros(length * dtype.itemsize, dtype=torch.uint8))
+        return self.raws[key].view(dtype)
+
+    def find_class(self, module, name):
+        kind = {"ByteStorage": "uint8", "CharStorage": "int8"}.get(name, name.removesuffix("Storage").lower())
+        if module == "torch" and isinstance(dtype := getattr(torch, kind, 0), torch.dtype):
+            return dtype
+        if name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+            return lambda numbers, offset, size, stride, *rest: numbers.as_strided(size, stride, offset)
+        if name == "_rebuild_parameter":
+            return lambda tensor, *rest: tensor
+        return OrderedDict if name == "OrderedDict" else type(name, (Shell,), {"__module__": module})
+
+
+def load_file(path, module=None):
+    """The content of a file of weights, on the CPU: of torch.save, new or old, or .safetensors. -> a dict
+
+    A pickled module or a TorchScript archive gives its tensors by name, if `module` is the name of one.
+    Nothing of a file is executed: see TensorUnpickler. Raises: exits with one sentence if it is no such."""
+    raws = {}
+    with reading(path, "a checkpoint"), open(path, "rb") as file:
+        head = file.read(64)
+        file.seek(0)
+        if b"l\xfc\x9cF\xf9 j\xa8P\x19" in head:                    # the magic number of torch.save
+            *_, content, keys = (TensorUnpickler(file, raws).load() for _ in range(5))
+            for key in keys:
+                file.seek(8, os.SEEK_CUR)                       # how many they are is known
+                memoryview(raws[key].numpy())[:] = file.read(len(raws[key]))
+        elif head[8:9] == b"{":
+            content = read_safetensors(file)
+        elif head[:2] == b"PK" or zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if broken := archive.testzip():
+                    raise zipfile.BadZipFile(f"{broken} is not what was written")
+                root = [name[:-4] for name in archive.namelist() if f"/{name}".endswith("/data.pkl")]
+                if not root:
+                    raise ValueError(f"it is a zip archive of {', '.join(archive.namelist()[:3])}")
+                content = TensorUnpickler(archive.open(f"{root[0]}.pkl"), raws).load()
+                for key, raw in raws.items():
+                    memoryview(raw.numpy())[:] = archive.read(f"{root[0]}/{key}")
+        else:
+            kinds = {b"version https://git-lfs": "a git-lfs pointer: git lfs pull fetches the file itself",
+                     b"<": "a web page", b"": f"a file that begins with {head[:20]!r}" if head else "empty"}
+            raise ValueError(f"it is {next(kinds[sign] for sign in kinds if head.lstrip().startswith(sign))}")
+        if isinstance(content, Shell) and module in content:
+            content = dict(content)
+        if (kind := type(content)) not in (dict, OrderedDict):
+            raise TypeError(f"it is a whole pickled {kind.__module__}.{kind.__name__}, "
+                            f"{f'without {module}' if module else 'not a state_dict()'}")
     return content
+
+
+def read_safetensors(file):
+    """A header of JSON that tells of each tensor its type, shape and place; then their bytes"""
+    header, state = json.loads(file.read(int.from_bytes(file.read(8), "little"))), {}
+    start, full = file.tell(), str.maketrans({"F": "float", "I": "int", "U": "uint"})       # BF16 -> bfloat16
+    for name, about in header.items():
+        if name != "__metadata__":
+            begin, end = about["data_offsets"]
+            raw = torch.empty(end - begin, dtype=torch.uint8)
+            file.seek(start + begin)
+            memoryview(raw.numpy())[:] = file.read(len(raw))
+            dtype = getattr(torch, about["dtype"].translate(full).lower())
+            state[name] = raw.view(dtype).view(about["shape"])
+    return state
+
+
+def like(value):
+    """What `expect` compares, in words: the shape of a tensor, the length of a list, else the type"""
+    if torch.is_tensor(value):
+        broken = not value.is_meta and not value.isfinite().all()
+        return f"{tuple(value.shape)}{' with nan or inf' * broken}"
+    if isinstance(value, (list, tuple)):
+        return f"{len(value)} values"
+    strange = type(value) in (int, float) and not 0 <= value < math.inf
+    return "missing" if value is None else str(value) if strange else type(value).__name__
+
+
+def expect(path, found, wanted, name="", flags=""):
+    """Exit with one sentence that names the place where `found`, of the file at `path`, is not like `wanted`.
+
+    A dict must have its keys, and one of tensors no others; numbers must be finite and not negative. flags:
+    what may be why."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        exact = wanted and all(map(torch.is_tensor, wanted.values()))
+        for key in sorted(found.keys() | wanted.keys(), key=str) if exact else wanted:
+            expect(path, found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."), flags)
+    elif (there := like(found)) != (here := like(wanted)) and (there, here) != ("int", "float"):
+        fits = "(" in there + here and "nan" not in there       # as it should be, but of another shape
+        stop(f"{path} {'belongs to another model' if fits else 'does not fit'}: {name} is {there} there and "
+             f"{here} in the model; use the flags of that run{f' ({flags})' * bool(flags)}, or restore the "
+             f"file if it is damaged")
+    elif isinstance(wanted, (list, tuple)):
+        for i, pair in enumerate(zip(found, wanted)):
+            expect(path, *pair, f"{name}.{i}", flags)
+
+
+def build(path, network, config):
+    """network(**config), of the file at `path`: values like the defaults; one that is off may be missing."""
+    with reading(path, f"a {network.__name__}"):
+        usual = inspect.signature(network).parameters.items()
+        wanted = {name: p.default for name, p in usual if p.default or name in (config or {})}
+        expect(path, {"config": config}, {"config": wanted})
+        return network(**config)
 
 
 def save_checkpoint(args, step, **parts):
@@ -1536,25 +1672,28 @@ def load_checkpoint(args, **parts):
             say(f"there is no {path} to resume from: starting anew")
         return 0
     states = load_file(path)
-    if missing := {"step", *parts} - set(states):
-        stop(f"{path} lacks {', '.join(sorted(missing))}: it is no checkpoint of {args.method}; "
-             f"name another --output_dir")
+    expect(path, states, {"step": 0} | dict.fromkeys(parts, {}))
     flags = states.get("flags", {})                             # older files have none
     if told := differences(args, flags, ("data", "images", "holdout", "label_fraction", "mode", "batch_size",
                                          "model", "img_size", "patch_size", *INVISIBLE)):
         stop(f"{path} is of another run: {told.replace('--images', 'training images')}; continue it with the "
              f"same, or begin a new one in another --output_dir")
-    load_state(parts["model"], states["model"], path, differences(args, flags))
+    expect(path, states["model"], parts["model"].state_dict(), flags=differences(args, flags))
     for name, part in parts.items():
+        wanted, found = part.state_dict(), states[name]
         if isinstance(part, torch.optim.Optimizer):
-            found, wanted = states[name]["param_groups"], part.param_groups
-            if [len(group["params"]) for group in found] != [len(group["params"]) for group in wanted]:
-                stop(f"{path} belongs to an optimizer with other groups of parameters: resume with the flags "
-                     f"of that run, or name another --output_dir")
-            for group, own in zip(found, wanted):               # flags that are typed again win
-                group |= {key: value for key, value in own.items() if key != "params"}
-        if states[name]:                                        # a GradScaler that did nothing has no state
-            part.load_state_dict(states[name])
+            twin = copy.deepcopy(part)                          # takes a step, to see what its state is like
+            for p in itertools.chain(*(group["params"] for group in twin.param_groups)):
+                p.grad = torch.zeros_like(p)
+            twin.step()
+            wanted = twin.state_dict()
+            groups = [{"params": group["params"]} for group in wanted["param_groups"]]
+            expect(path, found, {"state": {}, "param_groups": groups}, name)
+            wanted["state"] = {i: state for i, state in wanted["state"].items() if i in found["state"]}
+            found["param_groups"] = wanted["param_groups"]      # flags that are typed again win
+        if found and wanted or not isinstance(part, torch.amp.GradScaler):      # an idle one has no state
+            expect(path, found, wanted, "" if name == "model" else name)
+            part.load_state_dict(found)
     say(f"resuming {path} after step {states['step']}")
     return states["step"]
 
@@ -1574,16 +1713,7 @@ def differences(args, flags, names=()):
 def load_state(model, state, path, flags=""):
     """Load a state dict that came from `path`; one sentence names the first tensor that does not fit, and
     `flags` that may be why."""
-    wanted = model.state_dict()
-    for name in sorted(set(state) | set(wanted)):
-        if name not in state or name not in wanted:
-            where = f"the model has no {name}" if name not in wanted else f"{name} is missing there"
-        elif state[name].shape != wanted[name].shape:
-            where = f"{name} is {tuple(state[name].shape)} there and {tuple(wanted[name].shape)} in the model"
-        else:
-            continue
-        stop(f"{path} belongs to another model: {where}; " + (f"give the flags of that run: {flags}" if flags
-             else "give the flags that fit it, or another file"))
+    expect(path, state, model.state_dict(), flags=flags)
     model.load_state_dict(state)
     return model
 

@@ -30,10 +30,8 @@ not 3 million. Crops hold 40 to 100% of an image, on ImageNet too. All tensors o
 """
 import copy
 import math
-import pickle
 from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -235,61 +233,21 @@ class DVAE(nn.Module):
         return nll + beta * kl * self.grid ** 2 / imgs[0].numel(), nll, kl
 
 
-class Shell:
-    """Stands for a class of a pickle: takes its attributes, and runs nothing."""
-
-    def __init__(self, *args, **options):
-        pass
-
-    def __setstate__(self, state):
-        self.__dict__.update(state if isinstance(state, dict) else {})
-
-
-class TensorUnpickler(pickle.Unpickler):
-    """Builds tensors and empty shells, and nothing else. torch.load knows the tensors' storages itself."""
-
-    def find_class(self, module, name):
-        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
-                              ("collections", "OrderedDict")):
-            return super().find_class(module, name)
-        return type(name, (Shell,), {})
-
-
-def read_dalle(path):
-    """The state dict of a pickled module, OpenAI's encoder.pkl or decoder.pkl, under our names.
-
-    Raises: exits with one sentence if the file is missing, damaged, or no such module."""
-    tools = SimpleNamespace(Unpickler=TensorUnpickler, load=lambda file, **options: TensorUnpickler(
-        file, **options).load(), __name__="tensors")
-
-    def tensors(shell, prefix=""):
-        for name, value in getattr(shell, "_parameters", {}).items():
-            yield prefix + {"w": "weight", "b": "bias"}.get(name, name), value.data.float()
-        for name, child in getattr(shell, "_modules", {}).items():
-            yield from tensors(child, f"{prefix}{name}.")
-
-    try:
-        state = dict(tensors(torch.load(path, map_location="cpu", pickle_module=tools, weights_only=False)))
-    except FileNotFoundError:
-        data.stop(f"there is no file {path}: DALL-E's dVAE is encoder.pkl and decoder.pkl in one folder, "
-                  f"from https://cdn.openai.com/dall-e/")
-    except Exception as error:                                  # whatever a damaged pickle may raise
-        data.stop(f"{path} cannot be read as a pickled module ({type(error).__name__}): fetch it again")
-    if "blocks.input.weight" not in state:
-        data.stop(f"{path} is no encoder.pkl or decoder.pkl of DALL-E: it has no blocks.input.w")
-    return state
-
-
 def load_dalle(path, grid):
-    """DALL-E's dVAE, the decoder from the same folder as the encoder; sizes are read off the shapes."""
-    encoder = read_dalle(path)
-    decoder = read_dalle(Path(path).with_name(Path(path).name.replace("encoder", "decoder")))
-    n_hid, vocab = len(encoder["blocks.input.bias"]), len(encoder["blocks.output.conv.bias"])
-    n_groups = len({name.split(".")[1] for name in encoder if "group_" in name})
-    blocks = len({name.split(".")[2] for name in encoder if "group_1." in name})
-    model = DVAE(grid, 2 ** (n_groups - 1), n_hid, blocks, vocab, n_init=len(decoder["blocks.input.bias"]))
-    state = {f"encoder.{name}": value for name, value in encoder.items()}
-    state |= {f"decoder.{name}": value for name, value in decoder.items()}
+    """DALL-E's dVAE, two modules that OpenAI pickled: encoder.pkl and, in the same folder, decoder.pkl, from
+    https://cdn.openai.com/dall-e/. Sizes are read off the shapes."""
+    state, ours = {}, {"w": "weight", "b": "bias"}
+    with data.reading(path, "DALL-E's encoder, beside its decoder"):
+        for part in ("encoder", "decoder"):
+            file = Path(path).with_name(Path(path).name.replace("encoder", part))
+            for name, value in data.load_file(file, "blocks.input.w").items():
+                *words, last = name.split(".")
+                state[".".join([part, *words, ours.get(last, last)])] = value.float()
+        n_hid, vocab, n_init = (len(state[f"{name}.bias"]) for name in (
+            "encoder.blocks.input", "encoder.blocks.output.conv", "decoder.blocks.input"))
+        n_groups = len({name.split(".")[2] for name in state if "encoder.blocks.group_" in name})
+        blocks = len({name.split(".")[3] for name in state if "encoder.blocks.group_1." in name})
+        model = DVAE(grid, 2 ** (n_groups - 1), n_hid, blocks, vocab, n_init=n_init)
     return data.load_state(model, state, path)
 
 
@@ -304,7 +262,8 @@ def load_tokenizer(path, grid=14):
     if content.get("method") != "dvae":
         data.stop(f"{path} is no tokenizer of dvae.py: train one with python dvae.py, "
                   f"and give its tokenizer.pt")
-    return data.load_state(DVAE(**content["config"]), content["model"], path).requires_grad_(False).eval()
+    model = data.build(path, DVAE, content.get("config"))
+    return data.load_state(model, content.get("model"), path).requires_grad_(False).eval()
 
 
 def prepare_tokenizer(args):

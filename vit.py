@@ -892,39 +892,43 @@ def read_encoder(path, num_heads=0, content=None, finetune=False):
     Raises: exits with one sentence if the file is damaged, of no known layout, or holds tensors that files of
     its layout do not have; `load_weights` looks at the encoder's own."""
     content = data.load_file(path) if content is None else content
-    about = getattr(content, "_metadata", {}).get("vit.py", content)    # an --export tells what it is there
-    if "embed_dim" in about.get("config", {}):
-        state = official_state(content if about is not content else content["model"])
-        return (with_fc_norm(state) if finetune and about.get("method") == "cae" else state,
-                about["config"], about["mean"], about["std"])
-    if content.keys() & {"step", "method"}:                     # ours, too, but with more than an encoder
-        data.stop(f"{path} is no encoder: give the encoder.pt of that run")
-    everything = official_state(content)
-    layout = next((name for name, (tell, _, _) in LAYOUTS.items() if tell in everything), "ViT")
-    _, prefix, rest = LAYOUTS[layout]
-    state = {name.removeprefix(prefix): value for name, value in everything.items()
-             if name.startswith(prefix) and not re.match(rest, name)}
-    for name in everything:
-        if not name.startswith(prefix) and not re.match(rest, name):
-            data.stop(f"{path} looks like a file of {layout}, but such files have no {name}")
-    if layout == "VQ-KD":                                       # applied to the tokens, not to their mean
-        state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
-    small_cae = layout == "CAE" and state.get("cls_token", torch.empty(0)).shape[-1] == 384
-    config = infer_config(path, state, num_heads or (12 if small_cae else 0))   # others of 384 have six heads
-    if layout == "DINO" or "masked_embed" in everything:        # no other file proves it is DINO's
-        config["pos_offset"] = 0.1
-    return with_fc_norm(state) if finetune and layout == "CAE" else state, config, *data.STATS["imagenet"]
+    with data.reading(path, "a Vision Transformer that is known here"):
+        mean, std = data.STATS["imagenet"]
+        exported = getattr(content, "_metadata", {}).get("vit.py")      # an --export tells what it is there
+        about = {"config": {}} | ({"model": content} | exported if exported else content)
+        data.expect(path, about, {"config": {}})
+        if "embed_dim" in about["config"]:
+            data.expect(path, about, {"model": {}, "mean": mean, "std": std})
+            state, config, mean, std = (about[name] for name in ("model", "config", "mean", "std"))
+            state, is_cae = official_state(state), about.get("method") == "cae"
+        elif content.keys() & {"step", "method"}:               # ours, too, but with more than an encoder
+            data.stop(f"{path} is no encoder: give the encoder.pt of that run")
+        else:
+            everything = official_state(content)
+            layout = next((name for name, (tell, _, _) in LAYOUTS.items() if tell in everything), "ViT")
+            _, prefix, rest = LAYOUTS[layout]
+            state = {name.removeprefix(prefix): value for name, value in everything.items()
+                     if name.startswith(prefix) and not re.match(rest, name)}
+            for name in everything:
+                if not name.startswith(prefix) and not re.match(rest, name):
+                    data.stop(f"{path} looks like a file of {layout}, but such files have no {name}")
+            if layout == "VQ-KD":                               # applied to the tokens, not to their mean
+                state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
+            is_cae = layout == "CAE"                            # others of width 384 have six heads
+            config = infer_config(state, num_heads or 12 * (is_cae and state["cls_token"].shape[-1] == 384))
+            if layout == "DINO" or "masked_embed" in everything:        # no other file proves it is DINO's
+                config["pos_offset"] = 0.1
+        with torch.device("meta"):
+            data.build(path, ViT, config)
+        if config["embed_dim"] % config["num_heads"] or not all(std):
+            raise ValueError(f"width {config['embed_dim']}, {config['num_heads']} heads, std {std}")
+        if finetune and is_cae:
+            state |= {f"fc_{name}": state[name] for name in ("norm.weight", "norm.bias") if name in state}
+    return state, config, mean, std
 
 
-def with_fc_norm(state):
-    return state | {f"fc_{name}": state[name] for name in ("norm.weight", "norm.bias") if name in state}
-
-
-def infer_config(path, state, num_heads=0):
+def infer_config(state, num_heads=0):
     """The arguments of the ViT to which a state dict of official origin belongs"""
-    for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc1.bias"):
-        if name not in state:
-            data.stop(f"{path} is no Vision Transformer that is known here: it has no {name}")
     embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     heads = [num_heads] if num_heads else [size["num_heads"] for size in SIZES.values()
@@ -935,20 +939,15 @@ def infer_config(path, state, num_heads=0):
     if "pos_embed" in state:
         grid = math.isqrt(state["pos_embed"].shape[1] - 1)
         if grid ** 2 + 1 != state["pos_embed"].shape[1]:
-            data.stop(f"{path} has a pos_embed of {state['pos_embed'].shape[1]} tokens: not one class token "
-                      f"and a square grid (distilled DeiT has one token more)")
+            raise ValueError("pos_embed is no class token and square grid: distilled DeiT has a token more")
     elif not tables:
-        data.stop(f"{path} is no Vision Transformer that is known here: it has neither pos_embed nor a "
-                  f"relative_position_bias_table")
+        raise ValueError("it has neither pos_embed nor a relative_position_bias_table")
     if not heads:
-        data.stop(f"{path} is {embed_dim} wide and {depth} deep, which is no size of --model: its number of "
-                  f"heads is not known (vit.py takes --num_heads)")
-    if embed_dim % heads[0]:
-        data.stop(f"{path} is {embed_dim} wide: that does not divide into --num_heads {heads[0]}")
+        raise ValueError(f"{embed_dim} wide and {depth} deep is no size of --model: give vit.py --num_heads")
     return {"embed_dim": embed_dim, "depth": depth, "num_heads": heads[0], "patch_size": patch_size,
             "img_size": grid * patch_size, "qkv_bias": "blocks.0.attn.qkv.bias" in state,
             "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / embed_dim,
-            "pos": "learned" if "pos_embed" in state else "none",
+            "stem": "patch", "pos": "learned" if "pos_embed" in state else "none",
             "rel_pos": ("none" if not tables else
                         "shared" if "rel_pos_bias.relative_position_bias_table" in tables else "block"),
             "layer_scale": float("blocks.0.gamma_1" in state),
@@ -972,16 +971,12 @@ def load_weights(model, state, path):
     names it."""
     wanted = model.state_dict()
     state = fit(dict(state), wanted, model.config["pos_offset"])
-    if ("head.weight" in wanted and "head.weight" in state
-            and state["head.weight"].shape != wanted["head.weight"].shape):
-        del state["head.weight"], state["head.bias"]
     has_norm = {"norm.weight", "fc_norm.weight"} & set(state)
     may_differ = ("head.", "norm.", "fc_norm.") if has_norm else ("head.",)
-    for name in sorted(set(state) ^ set(wanted)):
-        if not name.startswith(may_differ):
-            data.stop(f"{path} does not fit: "
-                      f"{name} is {'unknown to' if name in state else 'missing for'} this model")
-    data.load_state(model, wanted | {name: value for name, value in state.items() if name in wanted}, path)
+    own = {name: value for name, value in wanted.items() if name.startswith(may_differ)}
+    theirs = {name: value for name, value in state.items() if not name.startswith(may_differ)
+              or name in own and value.shape == own[name].shape}
+    data.load_state(model, own | theirs, path)
 
 
 def load_init(model, args, names=None, fixed=(), pos_offset=0.0):
@@ -993,24 +988,25 @@ def load_init(model, args, names=None, fixed=(), pos_offset=0.0):
     that names the first tensor, or the flag of a last.pt that no tensor shows, that differs."""
     content, wanted, path = data.load_file(args.init), model.state_dict(), args.init
     flags = content.get("flags", {})
-    if "step" in content:
-        state = dict(content["model"])
-        if told := data.differences(args, flags, data.INVISIBLE):
-            data.stop(f"{path} is of another model: {told}; give the same")
-    elif "config" in content:
-        data.stop(f"{path} is no whole model of {args.method}: give the last.pt of that run")
-    elif names:
-        state = names(content)
-    else:
-        state = {name if name in wanted else f"encoder.{name}": value
-                 for name, value in official_state(content).items()}
-    for name in fixed:
-        same = name in state and state[name].shape == wanted[name].shape
-        if same and not torch.allclose(state[name].to(wanted[name].device), wanted[name], atol=1e-4):
-            data.stop(f"{path} has other positions {name} than the fixed ones of this method")
-        state[name] = wanted[name]
-    told = data.differences(args, flags) if flags else ""
-    data.load_state(model, fit(state, wanted, pos_offset), path, told)
+    with data.reading(path, "all parts of this method"):
+        if "step" in content:
+            state = dict(content["model"])
+            if told := data.differences(args, flags, data.INVISIBLE):
+                data.stop(f"{path} is of another model: {told}; give the same")
+        elif "config" in content:
+            data.stop(f"{path} is no whole model of {args.method}: give the last.pt of that run")
+        elif names:
+            state = names(content)
+        else:
+            state = {name if name in wanted else f"encoder.{name}": value
+                     for name, value in official_state(content).items()}
+        for name in fixed:
+            same = name in state and state[name].shape == wanted[name].shape
+            if same and not torch.allclose(state[name].to(wanted[name].device), wanted[name], atol=1e-4):
+                data.stop(f"{path} has other positions {name} than the fixed ones of this method")
+            state[name] = wanted[name]
+        state = fit(state, wanted, pos_offset)
+    data.load_state(model, state, path, data.differences(args, flags) if flags else "")
     data.say(f"starting from {path}")
 
 
