@@ -1257,7 +1257,8 @@ def setup(args):
         atexit.register(dist.destroy_process_group)             # not before: two stages may share the process
     torch.manual_seed(args.seed)
     folder = Path(args.output_dir)
-    if (folder / "log.jsonl").exists() and not args.resume:
+    used = [folder / name for name in ("log.jsonl", "last.pt", "encoder.pt", "tokenizer.pt", "result.json")]
+    if any(path.exists() for path in used) and not args.resume:
         stop(f"{folder} already holds a run: continue it with --resume, or name another --output_dir")
     if world_size() > 1:
         dist.barrier()                                          # all ranks have looked
@@ -1894,13 +1895,13 @@ def main():
              "RandAugment": View(size, rand_augment=9.0), "erasing": View(size, erase=1.0),
              "local crops": View(size // 2, scale=(0.05, 0.4))}
     imgs, labels = next(Loader(args, sets[0], list(kinds.values()), train=False).batches(
-        [(torch.arange(10), 0)]))
+        [(torch.arange(min(10, len(sets[0]))), 0)]))
     rows = {name: to_pixels(row, sets[0]) for name, row in zip(kinds, imgs)}
     plain, labels = rows["image"], labels.cpu()
     rows["mixup, cutmix"] = torch.cat([
         mixup_cutmix(plain[:5], labels[:5], len(sets[0].classes), m, c, 0.1)[0]
         for m, c in ((0.8, 0.0), (0.0, 1.0))])
-    mask = blockwise_mask(10, args.grid, int(0.4 * args.grid ** 2), max(1, args.grid ** 2 // 12))
+    mask = blockwise_mask(len(plain), args.grid, int(0.4 * args.grid ** 2), max(1, args.grid ** 2 // 12))
     rows["block mask"], _ = hide(plain, mask)
     path = Path(args.output_dir) / "pictures" / "views.png"
     save_rows(path, rows, title=f"{args.data}: " + ", ".join(sets[0].classes[y] for y in labels.tolist()))

@@ -1060,6 +1060,8 @@ def export(path, name, num_heads=0):
 
     With relative positions they are those of timm.models.Beit, else of timm.models.VisionTransformer. Raises:
     exits with one sentence if timm has no such model (--stem conv)."""
+    if Path(name).exists():
+        data.stop(f"{name} is there already: --export makes a new file, name another")
     content = data.load_file(path)
     state, config, mean, std = read_encoder(path, num_heads, content)
     if config.get("stem", "patch") != "patch":
