@@ -334,12 +334,12 @@ def tokenizer_pictures(model, teacher, imgs, counts, path):
 def train_tokenizer(args):
     """Stage 1: VQ-KD."""
     device = data.setup(args)
+    train_set, val_set = data.load_sets(args)
     path = args.teacher or f"out/ibot-{Path(args.data).name}/encoder.pt"
     if not Path(path).exists():
         data.stop(f"there is no teacher {path}: train one with python ibot.py --data {args.data}, or name an "
                   f"encoder with --teacher FILE")
     teacher = Teacher(path, args.grid).to(device)
-    train_set, val_set = data.load_sets(args)
     for source in (train_set, val_set):
         source.mean, source.std = (0.5,) * 3, (0.5,) * 3        # the tokenizer reads pixels in [-1, 1]
     whole = data.View(args.img_size)
@@ -514,12 +514,12 @@ def pretrain(args):
     if args.early_layer > SIZES[args.model]["depth"]:
         data.stop(f"--early_layer {args.early_layer} must lie between 1 and {SIZES[args.model]['depth']}")
     device = data.setup(args)
+    train_set, val_set = data.load_sets(args)
     path = args.tokenizer or f"out/beit_v2-tokenizer-{Path(args.data).name}/tokenizer.pt"
     tokenizer = load_tokenizer(path).to(device)
     if tokenizer.grid != args.grid:
         data.stop(f"{path} makes {tokenizer.grid} x {tokenizer.grid} tokens, but the ViT has {args.grid} x "
                   f"{args.grid} patches: use its --img_size and --patch_size, or train another tokenizer")
-    train_set, val_set = data.load_sets(args)
     jitter = (args.color_jitter,) * 3 + (0.0,) if args.color_jitter else None
     loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5,
                                                      jitter=jitter, tokenizer_size=tokenizer.img_size)])

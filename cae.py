@@ -276,8 +276,8 @@ def main():
     if width % heads or width % 4:
         data.stop(f"--decoder_dim {width} must be divisible by 4 and by --decoder_heads {heads}")
     device = data.setup(args)
-    tokenizer = prepare_tokenizer(args) if args.target == "tokens" else None
     train_set, val_set = data.load_sets(args)
+    tokenizer = prepare_tokenizer(args) if args.target == "tokens" else None
     size = tokenizer.img_size if tokenizer else 0               # of the second view, for the tokenizer
     loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5,
                                                      tokenizer_size=size)])

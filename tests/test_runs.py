@@ -642,6 +642,16 @@ def test_a_used_folder_is_refused(tmp_path, whole, capsys):
     assert snapshot(whole["mae"]) == before
 
 
+@pytest.mark.parametrize("name", ("last.pt", "encoder.pt", "tokenizer.pt", "result.json"))
+def test_what_a_run_leaves_makes_a_folder_a_used_one(name, capsys):
+    """Each of its files alone is not written over; nor is a file by --export."""
+    Path("run").mkdir()
+    Path("run", name).write_text("mine")
+    assert "run already holds a run" in sentence(f"{MAE} --output_dir run", capsys)
+    assert "is there already" in sentence(f"vit.py --init encoder.pt --export run/{name}", capsys)
+    assert Path("run", name).read_text() == "mine" and os.listdir("run") == [name]
+
+
 def test_a_place_that_cannot_be_written(capsys):
     """A file where the folder's parent should be (root may write anywhere else): one sentence."""
     Path("file").write_text("mine")
@@ -1119,8 +1129,9 @@ def test_an_export_is_judged_as_its_encoder(name, offset, whole):
     assert config == content["config"] and config.get("pos_offset", 0.0) == offset
     assert (mean, std) == (content["mean"], content["std"]) and mean != data.STATS["imagenet"][0]
     for path in (source, "plain.pt"):
-        run(f"vit.py {TINY} --mode knn --img_size 16 --init {path} --output_dir knn")
-        results.append(json.loads(Path("knn/result.json").read_text()) | {"init": ""})
+        folder = f"knn-{len(results)}"
+        run(f"vit.py {TINY} --mode knn --img_size 16 --init {path} --output_dir {folder}")
+        results.append(json.loads(Path(folder, "result.json").read_text()) | {"init": ""})
     assert results[0] == results[1]
 
 
@@ -1242,6 +1253,12 @@ def check_command(words):
         return
     ranks = [word.split("=")[1] for word in words[:place] if word.startswith("--nproc_per_node=")] or ["1"]
     until_setup(shlex.join(words[place:]), ranks[0])
+
+
+@pytest.mark.parametrize("command", (BEIT, CAE, VQKD, BEIT2))
+def test_data_are_looked_for_before_tokenizer_and_teacher(command, capsys):
+    """--data that is not there is blamed, not what it would have been tokenized with."""
+    assert "there is no folder nowhere" in sentence(f"{command} --data nowhere --output_dir new", capsys)
 
 
 def test_commands_in_docstrings_parse():
