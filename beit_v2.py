@@ -594,7 +594,7 @@ def main():
             continue
         typed = [*words, "--stage", this]
         if stage == "both":  # the flags of both are typed together, and a second start goes on
-            begun = Path(f"{folder}-{Path(early.data or 'cifar10').name}", "last.pt").exists()
+            begun = Path(f"{folder}-{Path(early.data or 'cifar10').name}", "log.jsonl").exists()
             typed += ["--resume"] * begun
         else:
             tables = tables[1:]

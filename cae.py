@@ -47,7 +47,7 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (CAE-B); meani
     "min_block":       ((4, 4, 4, 16), "smallest number of patches of a block", "[1, inf)"),
     "align_weight":    (2.0, "weight lambda of the alignment", "[0, inf)"),
     "momentum":        (0.0, "of an averaged encoder that gives the target; 0: none", "[0, 1]"),
-    "regressor_depth": ((2, 2, 2, 4), "blocks of the regressor", "[0, 100]"),
+    "regressor_depth": ((2, 2, 2, 4), "blocks of the regressor", "[1, 100]"),
     "decoder_depth":   ((2, 2, 2, 4), "blocks of the decoder", "[0, 100]"),
     "decoder_dim":     (0, "width of regressor and decoder; 0: the encoder's", "[0, 8192]"),
     "decoder_heads":   (0, "heads of regressor and decoder; 0: the encoder's", "[0, 128]"),

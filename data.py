@@ -1095,7 +1095,7 @@ def side_of(data_name, most=100):
     if data_name in SIDES:
         return SIDES[data_name]
     sides = []
-    for folder, inner, files in os.walk(data_name):
+    for folder, inner, files in os.walk(data_name, followlinks=True):
         inner[:] = sorted(name for name in inner if name[0] != ".")
         files = sorted(name for name in files if name[0] != "." and name.lower().endswith(ENDINGS))
         for path in [Path(folder, name) for name in files[:5]]:
@@ -1130,6 +1130,7 @@ def parse_args(doc, *recipe, words=None, folder=None):
     data_name, model = early.data or kept.get("data", "cifar10"), early.model or kept.get("model")
     side = side_of(data_name)
     column, why = choose_recipe(early.recipe or kept.get("recipe"), data_name, model, side)
+    why = "--resume" if kept and not early.recipe else why
     cells = {name: row[0][COLUMNS.index(column)] if isinstance(row[0], tuple) else row[0]
              for name, row in rows.items()}
     values = {name: cell.get(model or cells["model"], next(iter(cell.values())))
@@ -1348,11 +1349,12 @@ def describe(args, model, loader, trivial):
 
 def time_here(args, recipe, images):
     """In words, how long this script takes here with a column of its recipe, from a few steps of it."""
+    few = str(max(1, min(16, images // 4)))
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, sys.argv[0], *args.words, "--recipe", recipe, "--output_dir", folder,
-             "--batch_size", "16", "--accum_steps", "1", "--max_steps", "5", "--log_every", "1",
-             "--eval_every", "0", "--holdout", "16"], capture_output=True, text=True)
+             "--batch_size", few, "--accum_steps", "1", "--max_steps", "5", "--log_every", "1",
+             "--eval_every", "0", "--holdout", few], capture_output=True, text=True)
         if done.returncode:
             return f"an unknown time ({done.stderr.strip().splitlines()[-1]})"
         lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
@@ -1676,7 +1678,7 @@ def load_checkpoint(args, **parts):
     expect(path, states, {"step": 0} | dict.fromkeys(parts, {}))
     flags = states.get("flags", {})                             # older files have none
     if told := differences(args, flags, ("data", "images", "holdout", "label_fraction", "mode", "batch_size",
-                                         "model", "img_size", "patch_size", *INVISIBLE)):
+                                         "init", "model", "img_size", "patch_size", *INVISIBLE)):
         stop(f"{path} is of another run: {told.replace('--images', 'training images')}; continue it with the "
              f"same, or begin a new one in another --output_dir")
     expect(path, states["model"], parts["model"].state_dict(), flags=differences(args, flags))
