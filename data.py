@@ -1681,7 +1681,6 @@ def load_checkpoint(args, **parts):
                                          "init", "model", "img_size", "patch_size", *INVISIBLE)):
         stop(f"{path} is of another run: {told.replace('--images', 'training images')}; continue it with the "
              f"same, or begin a new one in another --output_dir")
-    expect(path, states["model"], parts["model"].state_dict(), flags=differences(args, flags))
     for name, part in parts.items():
         wanted, found = part.state_dict(), states[name]
         if isinstance(part, torch.optim.Optimizer):
@@ -1695,7 +1694,8 @@ def load_checkpoint(args, **parts):
             wanted["state"] = {i: state for i, state in wanted["state"].items() if i in found["state"]}
             found["param_groups"] = wanted["param_groups"]      # flags that are typed again win
         if found and wanted or not isinstance(part, torch.amp.GradScaler):      # an idle one has no state
-            expect(path, found, wanted, "" if name == "model" else name)
+            where, why = ("", differences(args, flags)) if name == "model" else (name, "")
+            expect(path, found, wanted, where, why)
             part.load_state_dict(found)
     say(f"resuming {path} after step {states['step']}")
     return states["step"]
