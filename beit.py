@@ -38,8 +38,8 @@ from vit import (SIZES, ViT, cosine_lr, image_of, init_beit, load_init, norm_pat
 RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the paper's table 9); meaning; range
     "tokenizer":     ("", "tokenizer.pt of dvae.py (out/dvae-<data>/tokenizer.pt if not given)"),
     "masking":       ("block", "hide patches in blocks; ablation: at random", ("block", "random")),
-    "num_masked":    ((26, 26, 26, 75), "patches hidden in each image, at most", "[1, inf)"),
-    "min_block":     ((4, 4, 4, 16), "smallest number of patches of a block", "[1, inf)"),
+    "num_masked":    ((26, 26, 26, 75), "patches hidden in each image, at most", "[1, 1e9]"),
+    "min_block":     ((4, 4, 4, 16), "smallest number of patches of a block", "[1, 1e9]"),
     "target":        ("tokens", "predict codes; ablation: normalised pixels", ("tokens", "pixels")),
     "predict":       ("masked", "the loss looks at hidden patches; ablation: at all", ("masked", "all")),
     "plain":         (False, "the paper's ViT: absolute positions, no relative bias, no layer scale"),
@@ -169,8 +169,8 @@ def main():
         pictures(model, tokenizer, views, mask, val_set, log.picture(step))
         log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
 
-    if log.evaluates(0):
-        evaluate(0)                                             # what an untrained network can do
+    if log.evaluates(start):
+        evaluate(start)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
         for views, _ in parts:                                  # the labels are never used
@@ -189,13 +189,12 @@ def main():
         scaler.update()
         optimizer.zero_grad()
         log.step(step, lr=lr)
+        if log.saves(step + 1):
+            log.save(step + 1, state, encoder=encoder)
         if log.evaluates(step + 1):
             evaluate(step + 1)
-        if log.saves(step + 1):
-            data.save_model(args, "encoder.pt", encoder, train_set)
-            data.save_checkpoint(args, step + 1, **state)
     log.finish()
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

@@ -53,12 +53,12 @@ SHARED = {
 }
 TOKENIZER = {
     "teacher":       ("", "encoder whose features are rebuilt (out/ibot-<data>/encoder.pt if not given)"),
-    "num_codes":     ({"micro": 512, "tiny": 1024, "base": 8192}, "codes in the vocabulary", "[2, inf)"),
+    "num_codes":     ({"micro": 512, "tiny": 1024, "base": 8192}, "codes in the vocabulary", "[2, 1e9]"),
     "code_dim":      ((16, 16, 16, 32), "width of a code", "[1, 4096]"),
     "decoder_depth": ((1, 1, 1, 3), "blocks of the tokenizer's decoder", "[1, 100]"),
     "commit":        (1.0, "weight of the commitment loss", "[0, inf)"),
     "decay":         (0.99, "momentum of the codes", "[0, 1]"),
-    "restart":       ((50, 100, 100, 0), "steps between restarts of unused codes; 0: never", "[0, inf)"),
+    "restart":       ((50, 100, 100, 0), "steps between restarts of unused codes; 0: never", "[0, 1e9]"),
     "crop_scale":    ((0.4, 0.4, 0.4, 0.08), "smallest share of the image in a random crop", "(0, 1]"),
     "epochs":        (8, 2, 100, 100),                          # passes over the images
     "batch_size":    (64, 128, 512, 512),                       # of all GPUs together
@@ -69,8 +69,8 @@ TOKENIZER = {
 }
 PRETRAIN = {  # 1600 epochs: --beta2 0.999 --drop_path 0.1
     "masking":       ("block", "hide patches in blocks; ablation: at random", ("block", "random")),
-    "num_masked":    ((26, 26, 26, 75), "patches hidden in each image", "[1, inf)"),
-    "min_block":     ((4, 4, 4, 16), "smallest number of patches of a block", "[1, inf)"),
+    "num_masked":    ((26, 26, 26, 75), "patches hidden in each image", "[1, 1e9]"),
+    "min_block":     ((4, 4, 4, 16), "smallest number of patches of a block", "[1, 1e9]"),
     "early_layer":   ({"tiny": 9, "micro": 4, "large": 21}, "block that the branch reads", "[1, 100]"),
     "branch_depth":  (2, "blocks of the class token's branch; 0: without", "[0, 100]"),
     "shared_head":   (True, "branch and last block share one head"),
@@ -328,7 +328,7 @@ def tokenizer_pictures(model, teacher, imgs, counts, path):
     if data.rank() == 0:
         figure = Figure(figsize=(6, 3), layout="constrained")
         data.draw_usage(figure.subplots(), counts)
-        figure.savefig(path.with_name("usage.png"), dpi=110)
+        data.save_atomically(figure, path.with_name("usage.png"))
 
 
 def train_tokenizer(args):
@@ -372,8 +372,8 @@ def train_tokenizer(args):
             data.say(f"only {result['usage']:.0%} of the codes occur: try --restart 50, fewer --num_codes or "
                      f"a smaller --code_dim")
 
-    if log.evaluates(0):
-        evaluate(0)                                             # what an untrained network can do
+    if log.evaluates(start):
+        evaluate(start)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
         code_sums = None                                        # and counts, over the whole batch
@@ -396,11 +396,10 @@ def train_tokenizer(args):
         if args.restart and not (step + 1) % args.restart and step < 0.8 * loader.all_steps:
             model.quantizer.restart(z)
         log.step(step, lr=lr)
+        if log.saves(step + 1):
+            log.save(step + 1, state, tokenizer=model)
         if log.evaluates(step + 1):
             evaluate(step + 1)
-        if log.saves(step + 1):
-            data.save_model(args, "tokenizer.pt", model, train_set)
-            data.save_checkpoint(args, step + 1, **state)
     log.finish()
 
 
@@ -549,8 +548,8 @@ def pretrain(args):
         pictures(model, tokenizer, views, mask, val_set, log.picture(step))
         log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
 
-    if log.evaluates(0):
-        evaluate(0)                                             # what an untrained network can do
+    if log.evaluates(start):
+        evaluate(start)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
         for (imgs, pixels), _ in parts:                         # the labels are never used
@@ -568,11 +567,10 @@ def pretrain(args):
         scaler.update()
         optimizer.zero_grad()
         log.step(step, lr=lr)
+        if log.saves(step + 1):
+            log.save(step + 1, state, encoder=encoder)
         if log.evaluates(step + 1):
             evaluate(step + 1)
-        if log.saves(step + 1):
-            data.save_model(args, "encoder.pt", encoder, train_set)
-            data.save_checkpoint(args, step + 1, **state)
     log.finish()
 
 
@@ -582,9 +580,8 @@ def main():
     words = sys.argv[1:]
     early = data.early_flags(words, stage=("both", "tokenizer", "pretrain"))
     stage = early.stage or data.resumed_flags(early, early.output_dir).get("stage", "both")
-    for name in ("output_dir", "init"):
-        if stage == "both" and getattr(early, name):
-            data.stop(f"--{name} is that of one stage: give --stage tokenizer or --stage pretrain, too")
+    if stage == "both" and early.init:
+        data.stop("--init is that of one stage: give --stage tokenizer or --stage pretrain, too")
     if stage == "both" and early.tokenizer:
         stage = "pretrain"                                      # it is trained already
     for this, tables, folder, work in (
@@ -594,12 +591,16 @@ def main():
             continue
         typed = [*words, "--stage", this]
         if stage == "both":  # the flags of both are typed together, and a second start goes on
-            begun = Path(f"{folder}-{Path(early.data or 'cifar10').name}", "log.jsonl").exists()
-            typed += ["--resume"] * begun
+            output_dir = f"{folder}-{Path(early.data or 'cifar10').name}"
+            if early.output_dir:
+                first = f"{early.output_dir}-tokenizer"
+                output_dir = first if this == "tokenizer" else early.output_dir
+                typed += ["--output_dir", output_dir, "--tokenizer", f"{first}/tokenizer.pt"]
+            typed += ["--resume"] * Path(output_dir, "args.json").exists()
         else:
             tables = tables[1:]
         work(data.parse_args(__doc__, SHARED, *tables, words=typed, folder=folder))
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

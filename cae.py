@@ -43,8 +43,8 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (CAE-B); meani
     "tokenizer":       ("", "tokenizer.pt of dvae.py (out/dvae-<data>/tokenizer.pt if not given)"),
     "target":          ("tokens", "predict codes, or normalised pixels", ("tokens", "pixels")),
     "masking":         ("block", "hide patches in blocks; ablation: at random", ("block", "random")),
-    "num_masked":      ((32, 32, 32, 98), "patches hidden in each image", "[1, inf)"),
-    "min_block":       ((4, 4, 4, 16), "smallest number of patches of a block", "[1, inf)"),
+    "num_masked":      ((32, 32, 32, 98), "patches hidden in each image", "[1, 1e9]"),
+    "min_block":       ((4, 4, 4, 16), "smallest number of patches of a block", "[1, 1e9]"),
     "align_weight":    (2.0, "weight lambda of the alignment", "[0, inf)"),
     "momentum":        (0.0, "of an averaged encoder that gives the target; 0: none", "[0, 1]"),
     "regressor_depth": ((2, 2, 2, 4), "blocks of the regressor", "[1, 100]"),
@@ -313,8 +313,8 @@ def main():
         pictures(model, tokenizer, [view[:8] for view in views], mask[:8], val_set, log.picture(step))
         log.write(step, **result, knn=data.knn_monitor(args, model, train_set, val_set))
 
-    if log.evaluates(0):
-        evaluate(0)                                             # what an untrained network can do
+    if log.evaluates(start):
+        evaluate(start)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
         for views, _ in parts:                                  # the labels are never used
@@ -335,13 +335,12 @@ def main():
         scaler.update()
         optimizer.zero_grad()
         log.step(step, lr=lr)
+        if log.saves(step + 1):
+            log.save(step + 1, state, encoder=encoder)
         if log.evaluates(step + 1):
             evaluate(step + 1)
-        if log.saves(step + 1):
-            data.save_model(args, "encoder.pt", encoder, train_set)
-            data.save_checkpoint(args, step + 1, **state)
     log.finish()
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

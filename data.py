@@ -24,9 +24,11 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -90,10 +92,14 @@ def stop(message):
     raise SystemExit(2)
 
 
-def say(text):
-    """Print on one of the ranks, at once."""
+def say(text, end="\n", stream="stdout"):
+    """Print on one of the ranks, at once. If nobody listens any more (`| head -1`), the run goes on."""
     if rank() == 0:
-        print(text.encode(errors="backslashreplace").decode(), flush=True)  # names may hold any bytes
+        text = text.encode(errors="backslashreplace").decode()  # names may hold any bytes
+        try:
+            print(text, end=end, file=getattr(sys, stream), flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, stream).fileno())
 
 
 @dataclass
@@ -260,9 +266,9 @@ def writing(path):
     """Say in one sentence that `path` cannot be written: no permission, a full disk, a file in its way."""
     try:
         yield
-    except OSError as error:
-        stop(f"cannot write to {path} ({error.strerror or error}): "
-             f"name another place with --output_dir or --data_dir")
+    except (OSError, RuntimeError) as error:                    # of torch.save, after the system's own
+        reason = getattr(error.__context__ or error, "strerror", None) or error
+        stop(f"cannot write to {path} ({reason}): name another place with --output_dir or --data_dir")
 
 
 # ---- readers ----
@@ -413,7 +419,7 @@ def scan_folder(root, classes=None):
     Names that begin with a dot are no data. -> paths, labels (n,), classes"""
     if not root.is_dir():
         stop(f"there is no folder {root}: --data takes {', '.join(SIDES)}, or a folder that holds "
-             f"train/<class>/*.jpg and val/<class>/*.jpg")
+             f"train/<class>/*.jpg and val/<class>/*.jpg (without val/: add --holdout 1000, say)")
     entries = glob.glob("*", root_dir=root)                     # without names that begin with a dot
     found = sorted(name for name in entries if (root / name).is_dir()) or [""]
     if classes is not None and (unknown := sorted(set(found) - set(classes))):
@@ -451,7 +457,8 @@ def load_sets(args):
     elif name in ARCHIVES:
         sets, stats = [read_cifar(name, data_dir, train) for train in (True, False)], STATS[name]
     else:
-        sets = read_folders(data_dir / "imagenet" if name == "imagenet" else Path(name), args.holdout)
+        root = data_dir / "imagenet" if name == "imagenet" else Path(name or stop("--data is empty"))
+        sets = read_folders(root, args.holdout)
         stats = STATS["imagenet"]
     sets = [Images(imgs, labels, classes, *stats) if isinstance(imgs, list) else
             Images(imgs.to(args.device), labels.to(args.device), classes, *stats)
@@ -470,6 +477,8 @@ def load_sets(args):
     sets[1].skipped = None
     for source in sets:
         source.classes = [name.encode(errors="backslashreplace").decode() for name in source.classes]
+    if len(sets[1]) < world_size():
+        stop(f"{len(sets[1])} validation images are too few for {world_size()} ranks: take fewer ranks")
     args.images = len(sets[0])
     return sets
 
@@ -949,11 +958,10 @@ class Loader:
                  f"use {1 << int(math.log2(max(1, len(source))))} or less")
         self.all_steps = args.epochs * self.epoch_steps         # those of the recipe: schedules count them
         self.total_steps = min(self.all_steps, args.max_steps or self.all_steps)
-        self.interrupted = False                                # set by the log after a signal
         self.skipped = source.skipped                           # image files that could not be read
 
     def steps(self, start, net):
-        """Yield (step, parts) from step `start` on, until a signal; `parts` yields accum_steps batches.
+        """Yield (step, parts) from step `start` on; `parts` yields accum_steps batches.
 
         Step s draws the same random numbers whenever it is run: a resumed run repeats the uninterrupted one.
         """
@@ -961,8 +969,6 @@ class Loader:
         for step in range(start, self.total_steps):
             torch.manual_seed(seed_of(self.args.seed, step, rank()))
             yield step, self.parts(itertools.islice(batches, self.args.accum_steps), net)
-            if self.interrupted:
-                break
 
     def parts(self, batches, net):
         """The batches of a step; the ranks add up their gradients in the backward pass of the last one."""
@@ -993,7 +999,8 @@ class Loader:
         keys = ([(i, seed_of(self.args.seed, epoch, i)) for i in index.tolist()] for index, epoch in order)
         workers = torch.utils.data.DataLoader(
             FileCrops(self.source, self.views), batch_sampler=keys, num_workers=self.args.num_workers,
-            pin_memory="cuda" in device, generator=torch.Generator())   # its own: a step's is not touched
+            pin_memory="cuda" in device, worker_init_fn=ignore_signals,
+            generator=torch.Generator())                        # its own: a step's is not touched
         for crops, labels, index, wrong in workers:
             self.note_broken({self.source.imgs[i]: text for i, text in zip(index, wrong) if text}, labels)
             crops = [crop.to(device, non_blocking=True).float() / 255 for crop in crops]
@@ -1031,15 +1038,15 @@ COMMON = {
         "data_dir": ("data", "where data sets lie and are downloaded to; ImageNet: data_dir/imagenet"),
         "img_size": (0, "image side in pixels (the data set's if not given)", "[1, 4096]"),
         "patch_size": (0, "patch side in pixels (the data set's if not given)", "[1, 1024]"),
-        "holdout": (0, "set this many training images aside and validate on them: tune with it", "[0, inf)"),
+        "holdout": (0, "set this many training images aside and validate on them: tune with it", "[0, 1e9]"),
         "num_workers": (min(10, os.cpu_count()), "processes that decode image files", "[0, 1024]")},
     "training": {
         "recipe": ("", "column of the recipe; chosen by data and model if not given", COLUMNS),
         "model": (("micro", "micro", "tiny", "base"), "size of the Vision Transformer", MODELS),
         "init": ("", "start from the weights of this file: an official one with all parts, or a last.pt"),
         "epochs": (100, "passes over the training images", "[1, 1e9]"),
-        "batch_size": (512, "images a step in total, over all GPUs and accumulation steps", "[1, inf)"),
-        "accum_steps": (1, "split each step's batch into this many parts, to save memory", "[1, inf)"),
+        "batch_size": (512, "images a step in total, over all GPUs and accumulation steps", "[1, 1e9]"),
+        "accum_steps": (1, "split each step's batch into this many parts, to save memory", "[1, 1e9]"),
         "lr": (0.0, "peak learning rate; 0: computed from --blr", "[0, inf)"),
         "blr": (0.0, "base learning rate: lr = blr * batch_size / 256", "[0, inf)"),
         "min_lr": (0.0, "learning rate at the end", "[0, inf)"),
@@ -1053,10 +1060,10 @@ COMMON = {
         "device": ("auto", "where to compute", ("auto", "cuda", "mps", "cpu")),
         "amp": ("auto", "half precision", ("auto", "bf16", "fp16", "none")),
         "compile": (None, "compile the model with torch.compile (default: on CUDA only)"),
-        "log_every": (50, "steps between two lines of the log", "[1, inf)"),
-        "eval_every": ((6, 50, 25, 50), "epochs between evaluations; 0: none at all", "[0, inf)"),
-        "save_every": (1, "epochs between two checkpoints", "[1, inf)"),
-        "max_steps": (0, "stop after this many steps; 0: run all epochs", "[0, inf)")}}
+        "log_every": (50, "steps between two lines of the log", "[1, 1e9]"),
+        "eval_every": ((6, 50, 25, 50), "epochs between evaluations; 0: none at all", "[0, 1e9]"),
+        "save_every": (1, "epochs between two checkpoints", "[1, 1e9]"),
+        "max_steps": (0, "stop after this many steps; 0: run all epochs", "[0, 1e9]")}}
 
 
 def early_flags(words, **choices):
@@ -1065,7 +1072,7 @@ def early_flags(words, **choices):
     parser.error = lambda message: stop(f"{message} (see --help)")
     for name in ("data", "recipe", "model", "output_dir", "init", "tokenizer", "mode", "stage"):
         parser.add_argument(f"--{name}", choices=choices.get(name, COLUMNS if name == "recipe" else None))
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
     early = parser.parse_known_args(words)[0]
     early.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0   # torchrun continues by itself
     return early
@@ -1258,17 +1265,66 @@ def setup(args):
         atexit.register(dist.destroy_process_group)             # not before: two stages may share the process
     torch.manual_seed(args.seed)
     folder = Path(args.output_dir)
-    used = [folder / name for name in ("log.jsonl", "last.pt", "encoder.pt", "tokenizer.pt", "result.json")]
-    if any(path.exists() for path in used) and not args.resume:
+    used = ("pictures", "log.jsonl", "last.pt", "encoder.pt", "tokenizer.pt", "result.json")
+    if any((folder / name).exists() for name in used) and not args.resume:
         stop(f"{folder} already holds a run: continue it with --resume, or name another --output_dir")
     if world_size() > 1:
         dist.barrier()                                          # all ranks have looked
     if rank() == 0:
-        with writing(folder):
-            (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        with writing(folder):                                   # of two runs, one alone can make this folder
+            (folder / "pictures").mkdir(parents=True, exist_ok=args.resume)
         if not (args.resume and (folder / "args.json").exists()):
             save_args(args)
+            atexit.register(tidy, folder)
     return torch.device(args.device)
+
+
+def tidy(folder):
+    """At the end of a program that left nothing else in its folder: remove it."""
+    if {path.name for path in folder.rglob("*")} == {"args.json", "pictures"}:
+        (folder / "args.json").unlink()
+        os.removedirs(folder / "pictures")                      # and what is empty above it
+
+
+def ignore_signals(worker):
+    """What a worker does first: the run itself answers to a signal, saves, and ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """At the end of a program that a signal or a fault has ended: of its workers, too."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # the DataLoader takes it for an error
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+FAULTS = {  # what to do about faults that are not the program's, by the words of their messages
+    "out of memory|allocate|overflow":
+        "split each step's batch with --accum_steps 2 or more, or take a smaller --batch_size",
+    "[Tt]oo many open files|ancdata": "raise the limit with ulimit -n 65536, or take fewer --num_workers",
+    "DataLoader worker|shared memory|[Bb]us error":
+        "take fewer --num_workers, or give them memory (Docker: --ipc=host)",
+    "[Cc]ompiler|[Ii]nductor|[Tt]riton|ptxas": "install a C++ compiler (gcc, clang), or add --no-compile",
+    "NCCL|[Gg]loo|onnection|Store": "another rank or the network is gone: read what was said first",
+    "Errno": "check the path, its permissions and the space on that disk",
+}
+
+
+def run(main):
+    """What a script does: main(), where Ctrl-C and the faults of the machine end in one sentence, too."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        say("\nstopped before the first step", stream="stderr")
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        lines = [f"{type(error).__name__}: {line}" for line in str(error).splitlines() or [""]]
+        for sign, remedy in FAULTS.items():
+            if told := [line for line in lines if re.search(sign, line)]:
+                stop(f"{told[0]:.300}; {remedy}")
+        raise
 
 
 def save_args(args):
@@ -1370,30 +1426,38 @@ class Log:
     """The progress line, log.jsonl and curves.png of a run.
 
     `note` takes the values of a part of a batch, `step` is called after every update. The device is waited
-    for only every --log_every steps; then a loss that is not finite ends the run, and a Ctrl-C or SIGTERM
-    is noticed, on all ranks at once: it ends the loader's steps."""
+    for only every --log_every steps; then a loss that is not finite ends the run.
+
+    Ctrl-C or SIGTERM end it, too, with its last step saved: at once where that is so already, as in an
+    evaluation, else after this step; with several ranks within seconds, when they have asked each other."""
 
     def __init__(self, args, loader, start=0):
         self.args, self.loader, self.start = args, loader, start
         self.path = Path(args.output_dir) / "log.jsonl"
-        self.sums, self.parts, self.count, self.signal = {}, 0, 0, 0
-        self.means = {}                                         # what was logged last
+        self.sums, self.parts, self.count = {}, 0, 0
+        self.signal, self.stopping, self.saved = 0, False, True     # saved: nothing is lost if it ends here
+        self.means, self.evaluated = {}, -1                     # what was logged last, steps evaluated last
         self.before, self.shown = 0.0, 0.0                      # seconds of the runs that this one resumes
-        if self.path.exists() and rank() == 0:  # what came after the checkpoint will be run again
+        if self.path.exists():  # what came after the checkpoint will be run again
             with reading(self.path, "a log"):                   # a kill may leave half a line at its end
                 lines = [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
                 lines = [line for line in lines if line["step"] <= start and start > 0]
                 self.before = float(lines[-1]["seconds"]) if lines else 0.0
-            save_atomically("".join(json.dumps(line) + "\n" for line in lines), self.path)
+                self.evaluated = max((line["step"] for line in lines if "images/s" not in line), default=-1)
+            if rank() == 0:
+                save_atomically("".join(json.dumps(line) + "\n" for line in lines), self.path)
         if args.resume and rank() == 0:
             save_args(args)                                     # not before last.pt has proved to fit
-        self.began = self.window = time.perf_counter()
+        self.began = self.window = self.asked = time.perf_counter()
+        self.ask_at, self.asked_at = start + 1, start           # steps: on several ranks, see `ask`
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         self.signal = number
         signal.signal(number, signal.SIG_DFL)                   # a second one ends the program at once
+        if self.saved:
+            self.leave()
 
     def note(self, **values):
         """Add up the loss terms of a part, tensors on the device; the log has their mean over all parts."""
@@ -1402,21 +1466,30 @@ class Log:
 
     def step(self, step, **values):
         """After an update; values: plain numbers of this step, like the learning rate."""
-        self.count += 1
-        one = world_size() == 1
-        if not (step + 1) % self.args.log_every or self.every(1, step + 1) or one and self.signal:
+        self.count, self.saved = self.count + 1, False
+        if world_size() == 1:
+            self.stopping = self.signal > 0
+        elif step + 1 == self.ask_at:
+            self.ask(step + 1)
+        if not (step + 1) % self.args.log_every or self.every(1, step + 1) or self.stopping:
             self.flush(step, values)
+
+    def ask(self, done):
+        """Has one of the ranks got a signal? All ask after the same steps, about every three seconds."""
+        now = time.perf_counter()
+        mine = [self.signal > 0, (now - self.asked) / (done - self.asked_at)]               # seconds a step
+        signals, seconds = all_sum(torch.tensor(mine, device=self.args.device)).tolist()
+        self.stopping, self.asked, self.asked_at = signals > 0, now, done
+        self.ask_at = done + max(1, int(3 * world_size() / seconds))
 
     def flush(self, step, values):
         """Average over parts and ranks, check, print and write."""
-        stop_asked = torch.tensor(float(self.signal > 0), device=self.args.device)
-        packed = torch.stack([*(v.float() / self.parts for v in self.sums.values()), stop_asked])
-        *averages, stopped = (all_sum(packed) / world_size()).tolist()
+        packed = torch.stack([value.float() / self.parts for value in self.sums.values()])
+        averages = (all_sum(packed) / world_size()).tolist()
         self.means = dict(zip(self.sums, averages))
         if not all(math.isfinite(v) for v in averages):
             stop(f"{', '.join(f'{k} {v}' for k, v in self.means.items())} at step {step + 1}: "
                  f"{diverged(self.args)}")
-        self.loader.interrupted = stopped > 0 and step + 1 < self.loader.total_steps    # else all is done
         now = time.perf_counter()
         values = self.means | values | {
             "images/s": float(f"{self.count * self.args.batch_size / (now - self.window):.3g}")}
@@ -1430,7 +1503,7 @@ class Log:
         line = (f"epoch {done / self.loader.epoch_steps:6.2f}/{self.args.epochs}  step {done}  {shown}  "
                 f"left {timedelta(seconds=int(left))}")
         start, end = ("\r\033[K", "") if terminal else ("", "\n")
-        print(f"{start}{line}", end=end, file=sys.stderr, flush=True)
+        say(f"{start}{line}", end, "stderr")
         self.shown = now
 
     def write(self, step, quiet=False, **values):
@@ -1443,39 +1516,66 @@ class Log:
                  **{k: v if isinstance(v, int) else float(f"{v:.6g}") for k, v in values.items()}}
         if self.loader.skipped:
             entry["skipped"] = len(self.loader.skipped)
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
         if not quiet:
             self.window = time.perf_counter()  # images/s leaves evaluations out
             start = "\r\033[K" if sys.stderr.isatty() else ""
-            print(f"{start}epoch {entry['epoch']:g}: "
-                  + (", ".join(f"{k} {v:.4g}" for k, v in values.items()) or "pictures")
-                  + f" after {timedelta(seconds=int(seconds))}", flush=True)
+            say(f"{start}epoch {entry['epoch']:g}: "
+                + (", ".join(f"{k} {v:.4g}" for k, v in values.items()) or "pictures")
+                + f" after {timedelta(seconds=int(seconds))}")
 
     def every(self, epochs, done):
         """Is it time for what happens every `epochs` epochs, and after the last step?"""
         return done == self.loader.total_steps or not done % (epochs * self.loader.epoch_steps)
 
     def evaluates(self, done):
-        """After `done` steps: at the start of a new run, after one epoch, after every --eval_every ones."""
-        if self.loader.interrupted or not self.args.eval_every or done <= self.start > 0:
+        """After `done` steps: at the start of a run, after one epoch, after every --eval_every ones."""
+        if not self.args.eval_every or done <= self.evaluated:
             return False
         return done == self.loader.epoch_steps or self.every(self.args.eval_every, done)
 
     def saves(self, done):
-        return self.loader.interrupted or self.every(self.args.save_every, done)
+        """Every --save_every epochs, and before each evaluation: a signal may end that one."""
+        return self.stopping or self.every(self.args.save_every, done) or self.evaluates(done)
+
+    def save(self, done, state, **exports):
+        """Save what is learned after `done` steps; after a signal, this is the end.
+
+        exports: encoder or tokenizer, into a file of that name with what rebuilds it: weights, arguments,
+        mean and std of its pixels. state: what has a state_dict, into last.pt, what --resume reads."""
+        args, source = self.args, self.loader.source
+        flags = {name: value for name, value in args.flags.items() if name not in COMMON["run"]}
+        files = {f"{name}.pt": {"model": model.state_dict(), "config": model.config, "mean": source.mean,
+                                "std": source.std, "method": args.method.removesuffix("-tokenizer"),
+                                "data": args.data} for name, model in exports.items()}
+        files["last.pt"] = {name: part.state_dict() for name, part in state.items()} | {
+            "step": done, "flags": flags | {"images": args.images}}
+        for name, content in files.items():
+            check_weights(args, content["model"])
+            if rank() == 0:
+                save_atomically(content, self.path.with_name(name))
+        self.saved = True
+        if self.signal or self.stopping:
+            self.leave()
+
+    def leave(self):
+        """After a signal: say what there is, and end with its exit status."""
+        if rank() == 0 and self.path.exists():
+            curves(self.path)
+        last = self.path.with_name("last.pt")
+        say(f"\nstopped and saved: --resume continues {self.args.output_dir}" if last.exists() else
+            "\nstopped before there was anything to save")
+        raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
     def picture(self, step):
         """Where the picture of an evaluation belongs"""
         return self.path.parent / "pictures" / f"{step:06d}.png"
 
     def finish(self):
-        """Draw the curves and say where everything is; after a signal, leave with its exit status."""
+        """Draw the curves and say where everything is."""
         if rank() == 0:
             curves(self.path)
-        if self.loader.interrupted:
-            say(f"\nstopped and saved: --resume continues {self.args.output_dir}")
-            raise SystemExit(128 + (self.signal or signal.SIGTERM))
         seconds = int(self.before + time.perf_counter() - self.began)
         say(f"finished in {timedelta(seconds=seconds)}: see {self.args.output_dir}/ for "
             f"{', '.join(sorted(p.name for p in self.path.parent.iterdir()))}")
@@ -1492,19 +1592,25 @@ def curves(path):
         axes.plot(*zip(*points), marker="." if len(points) < 30 else None)
         axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3)
-    figure.savefig(path.with_name("curves.png"), dpi=110)
+    save_atomically(figure, path.with_name("curves.png"))
 
 
 # ---- checkpoints ----
 
 def save_atomically(content, path):
-    """Write text, or what torch.save takes, so that `path` is at any moment the old or the new whole file."""
+    """Write text, a figure, or what torch.save takes: `path` is at any moment the old or the new whole file.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with writing(path), open(temporary, "wb") as file:
-        file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path), contextlib.ExitStack() as undo:
+        undo.callback(temporary.unlink, missing_ok=True)        # half a file, if the disk is full
+        with open(temporary, "wb") as file:
+            if isinstance(content, Figure):
+                content.savefig(file, dpi=110)
+            else:
+                file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -1656,17 +1762,6 @@ def build(path, network, config):
         return network(**config)
 
 
-def save_checkpoint(args, step, **parts):
-    """Save the state of a run after `step` updates to last.pt; parts: what has a state_dict, plain values."""
-    states = {name: part.state_dict() if hasattr(part, "state_dict") else part
-              for name, part in parts.items()}
-    check_weights(args, states["model"])
-    if rank() == 0:
-        flags = {name: value for name, value in args.flags.items() if name not in COMMON["run"]}
-        states |= {"step": step, "flags": flags | {"images": args.images}}
-        save_atomically(states, Path(args.output_dir) / "last.pt")
-
-
 def load_checkpoint(args, **parts):
     """Bring `parts` to the state of last.pt if --resume is given. -> updates already made, 0 for a new run"""
     path = Path(args.output_dir) / "last.pt"
@@ -1735,15 +1830,6 @@ def diverged(args):
             f"{f'the last good checkpoint is {path}' if path.exists() else 'there is no checkpoint yet'}")
 
 
-def save_model(args, name, model, source):
-    """encoder.pt or tokenizer.pt: weights, arguments that rebuild the network, its pixels' mean and std."""
-    check_weights(args, model.state_dict())
-    if rank() == 0:
-        content = {"model": model.state_dict(), "config": model.config, "mean": source.mean,
-                   "std": source.std, "method": args.method.removesuffix("-tokenizer"), "data": args.data}
-        save_atomically(content, Path(args.output_dir) / name)
-
-
 # ---- pictures ----
 
 def to_pixels(imgs, source):
@@ -1773,9 +1859,7 @@ def save_rows(path, rows, title=""):
             if j == 0:
                 axes.set_ylabel(label, rotation=0, ha="right", va="center")
     figure.suptitle(title, fontsize=9)
-    with writing(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+    save_atomically(figure, path)
 
 
 def some_images(args, source, n=8, view=None):
@@ -1880,16 +1964,17 @@ def knn_monitor(args, model, train_set, val_set, k=20, bank=50_000):
 def main():
     """Check a data set, print what is in it, and save pictures of what the views make of it."""
     args = parse_args(__doc__)
+    args.resume = True                                          # its pictures may be drawn anew
     setup(args)
     sets = load_sets(args)
     for name, source in zip(("training", "validation"), sets):
         counts = source.labels.bincount(minlength=len(source.classes))
-        print(f"{name}: {len(source):,} images, "
-              f"{len(source.classes)} classes of {counts.min()} to {counts.max()} images")
+        say(f"{name}: {len(source):,} images, "
+            f"{len(source.classes)} classes of {counts.min()} to {counts.max()} images")
     streamed = sets[0].streamed
     mean, std = (sets[0].mean, sets[0].std) if streamed else pixel_stats(sets[0].imgs)
-    print(f"mean {' '.join(f'{v:.4f}' for v in mean)}, std {' '.join(f'{v:.4f}' for v in std)} "
-          f"({'ImageNet, not measured' if streamed else 'measured'})")
+    say(f"mean {' '.join(f'{v:.4f}' for v in mean)}, std {' '.join(f'{v:.4f}' for v in std)} "
+        f"({'ImageNet, not measured' if streamed else 'measured'})")
     size, crop = args.img_size, dict(scale=(0.2, 1.0))
     kinds = {"image": View(size), "crop, flip": View(size, **crop, flip=0.5),
              "colour jitter": View(size, jitter=(0.4, 0.4, 0.4, 0.1)), "greyscale": View(size, gray=1.0),
@@ -1907,8 +1992,8 @@ def main():
     rows["block mask"], _ = hide(plain, mask)
     path = Path(args.output_dir) / "pictures" / "views.png"
     save_rows(path, rows, title=f"{args.data}: " + ", ".join(sets[0].classes[y] for y in labels.tolist()))
-    print(f"see {path}")
+    say(f"see {path}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -47,7 +47,7 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (DALL-E's); me
     "stride":           ((4, 4, 4, 8), "pixels per token, in each direction: a power of two", "[1, 64]"),
     "n_hid":            ({"micro": 32, "tiny": 64, "base": 256}, "width of the first blocks", "[4, 4096]"),
     "blocks":           (2, "residual blocks per group", "[1, 100]"),
-    "vocab":            ({"micro": 512, "tiny": 1024, "base": 8192}, "codes in the vocabulary", "[2, inf)"),
+    "vocab":            ({"micro": 512, "tiny": 1024, "base": 8192}, "codes in the vocabulary", "[2, 1e9]"),
     "beta":             (6.6, "final weight of the KL divergence to uniform; rises from 0", "[0, inf)"),
     "beta_warmup":      ((0.05, 0.05, 0.05, 0.02), "share of the training in which beta rises", "(0, 1]"),
     "tau":              (1 / 16, "final temperature of the Gumbel-softmax; falls from 1", "(0, 10]"),
@@ -350,7 +350,7 @@ def pictures(model, imgs, counts, path):
     left.imshow(mosaic.numpy(), interpolation="nearest")
     left.set(xticks=[], yticks=[], title=f"what the {len(commonest)} commonest codes paint")
     data.draw_usage(right, counts)
-    figure.savefig(path.with_name("codebook.png"), dpi=110)
+    data.save_atomically(figure, path.with_name("codebook.png"))
 
 
 def main():
@@ -389,8 +389,8 @@ def main():
         if step >= 0.2 * loader.all_steps and (words := collapse(result, args.vocab)):
             data.say(words)
 
-    if log.evaluates(0):
-        evaluate(0)                                             # what an untrained network can do
+    if log.evaluates(start):
+        evaluate(start)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # set in every step
         done = step / loader.all_steps
@@ -410,13 +410,12 @@ def main():
         optimizer.zero_grad()
         update_ema(ema, model, min(args.ema, (1 + step) / (10 + step)))     # soon forgets the random start
         log.step(step, lr=lr, tau=tau, beta=beta)
+        if log.saves(step + 1):
+            log.save(step + 1, state, tokenizer=ema)
         if log.evaluates(step + 1):
             evaluate(step + 1)
-        if log.saves(step + 1):
-            data.save_model(args, "tokenizer.pt", ema, train_set)
-            data.save_checkpoint(args, step + 1, **state)
     log.finish()
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

@@ -46,18 +46,18 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the published
     "teacher_temp_start": ((0.02, 0.02, 0.04, 0.04), "the teacher's in epoch 0, both", "(0, 10]"),
     "teacher_temp":       ((0.02, 0.02, 0.07, 0.07), "the class token's; > 0.07 is unstable", "(0, 10]"),
     "patch_temp":         ((0.02, 0.02, 0.07, 0.07), "the teacher's temperature for patches", "(0, 10]"),
-    "warmup_temp_epochs": ((1, 1, 30, {"base": 50, "small": 30}), "epochs in which these rise", "[0, inf)"),
-    "out_dim":            ((256, 256, 4096, 8192), "prototypes K for the class token", "[2, inf)"),
-    "patch_out_dim":      ((256, 256, 4096, 8192), "prototypes K' for patches", "[2, inf)"),
+    "warmup_temp_epochs": ((1, 1, 30, {"base": 50, "small": 30}), "epochs in which these rise", "[0, 1e9]"),
+    "out_dim":            ((256, 256, 4096, 8192), "prototypes K for the class token", "[2, 1e9]"),
+    "patch_out_dim":      ((256, 256, 4096, 8192), "prototypes K' for patches", "[2, 1e9]"),
     "shared_head":        (True, "one set of prototypes for class token and patches: K = K'"),
-    "head_hidden":        ((256, 256, 1024, 2048), "hidden width of the projection head", "[1, inf)"),
-    "head_bottleneck":    ((64, 64, 256, 256), "width of the head's unit vectors", "[1, inf)"),
+    "head_hidden":        ((256, 256, 1024, 2048), "hidden width of the projection head", "[1, 1e9]"),
+    "head_bottleneck":    ((64, 64, 256, 256), "width of the head's unit vectors", "[1, 1e9]"),
     "norm_last_layer":    ((True, True, True, {"base": True, "small": False}), "prototypes keep length 1"),
-    "freeze_last_layer":  ((0, 0, 1, {"base": 3, "small": 1}), "first epochs: fixed prototypes", "[0, inf)"),
+    "freeze_last_layer":  ((0, 0, 1, {"base": 3, "small": 1}), "first epochs: fixed prototypes", "[0, 1e9]"),
     "pred_ratio":         ([0.0, 0.3], "shares of patches to hide; each crop draws one of them", "[0, 1)"),
     "pred_ratio_var":     ([0.0, 0.2], "half the width of the range around each --pred_ratio", "[0, 1)"),
     "pred_shape":         ("block", "hide blocks, or single patches", ("block", "rand")),
-    "pred_start_epoch":   (0, "first epoch in which patches are hidden", "[0, inf)"),
+    "pred_start_epoch":   (0, "first epoch in which patches are hidden", "[0, 1e9]"),
     "global_scale":       ((0.3, 0.3, 0.3, {"base": 0.32, "small": 0.25}), "smallest global crop", "(0, 1]"),
     "local_scale":        ((0.3, 0.4, 0.3, {"base": 0.32, "small": 0.25}), "largest local crop", "[0.05, 1]"),
     "local_crops":        ((2, 4, 6, 10), "local crops of each image", "[0, 100]"),
@@ -351,8 +351,8 @@ def main():
         if step and (words := collapse(log.means, args)):
             data.say(words)
 
-    if log.evaluates(0):
-        evaluate(0)                                             # what an untrained network can do
+    if log.evaluates(start):
+        evaluate(start)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
         epoch, done = step // loader.epoch_steps, step / loader.all_steps
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
@@ -383,13 +383,12 @@ def main():
         optimizer.zero_grad()
         model.update(means, half_cosine(done, args.momentum, 1.0))   # it follows the student of this step
         log.step(step, lr=lr)
+        if log.saves(step + 1):
+            log.save(step + 1, state, encoder=model.teacher.encoder)
         if log.evaluates(step + 1):
             evaluate(step + 1)
-        if log.saves(step + 1):
-            data.save_model(args, "encoder.pt", model.teacher.encoder, train_set)
-            data.save_checkpoint(args, step + 1, **state)
     log.finish()
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

@@ -219,8 +219,8 @@ def main():
         pictures(model, data.some_images(args, val_set), val_set, log.picture(step))
         log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
 
-    if log.evaluates(0):
-        evaluate(0)                                             # what an untrained network can do
+    if log.evaluates(start):
+        evaluate(start)                                             # what an untrained network can do
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # set in every step
         for (imgs,), _ in parts:                                # the labels are never used
@@ -235,13 +235,12 @@ def main():
         scaler.update()
         optimizer.zero_grad()
         log.step(step, lr=lr)
+        if log.saves(step + 1):
+            log.save(step + 1, state, encoder=encoder)
         if log.evaluates(step + 1):
             evaluate(step + 1)
-        if log.saves(step + 1):
-            data.save_model(args, "encoder.pt", encoder, train_set)
-            data.save_checkpoint(args, step + 1, **state)
     log.finish()
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

@@ -500,8 +500,8 @@ def supervised(args, train_set, val_set, model):
         result.update(evaluate(args, ema, val_set))
         log.write(step, **result)
 
-    if log.evaluates(0):
-        judge(0)
+    if log.evaluates(start):
+        judge(start)
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # set in every step
         for (imgs,), labels in parts:
@@ -520,14 +520,12 @@ def supervised(args, train_set, val_set, model):
         if args.ema:
             update_ema(ema, model, args.ema)
         log.step(step, lr=lr)
+        if log.saves(step + 1):
+            log.save(step + 1, state, encoder=ema)
         if log.evaluates(step + 1):
             judge(step + 1)
-        if log.saves(step + 1):
-            data.save_model(args, "encoder.pt", ema, train_set)
-            data.save_checkpoint(args, step + 1, **state)
-    if not loader.interrupted:
-        result = result or evaluate(args, ema, val_set)         # if the last step did not
-        pictures(args, ema, val_set)
+    result = result or evaluate(args, ema, val_set)             # if the last step did not
+    pictures(args, ema, val_set)
     log.finish()
     return result
 
@@ -666,13 +664,11 @@ def probe(args, train_set, val_set, encoder):
         optimizer.zero_grad()
         log.step(step, lr=lr)
         if log.saves(step + 1):
-            data.save_checkpoint(args, step + 1, **state)
-    result = {}
-    if not loader.interrupted:
-        result = judge_probes(args, encoder, model, val_set)
-        if args.mode == "attentive":
-            probe_pictures(args, encoder, model, val_set)
-        log.write(loader.total_steps, **{name: v for name, v in result.items() if isinstance(v, float)})
+            log.save(step + 1, state)
+    result = judge_probes(args, encoder, model, val_set)
+    if args.mode == "attentive":
+        probe_pictures(args, encoder, model, val_set)
+    log.write(loader.total_steps, **{name: v for name, v in result.items() if isinstance(v, float)})
     log.finish()
     return result
 
@@ -1097,4 +1093,4 @@ def export(path, name, num_heads=0):
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

@@ -1,4 +1,5 @@
 """BEiT v2: numbers of the official quantizer and pre-training model, living codes, what the branch sees."""
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -208,8 +209,8 @@ def test_quantizer_is_float32_under_autocast():
 
 
 def save(folder, model):
-    args = SimpleNamespace(output_dir=folder, method="beit_v2-tokenizer", data="shapes")
-    data.save_model(args, "tokenizer.pt", model, SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3))
+    torch.save({"model": model.state_dict(), "config": model.config, "method": "beit_v2", "data": "shapes",
+                "mean": (0.5,) * 3, "std": (0.5,) * 3}, Path(folder) / "tokenizer.pt")
 
 
 def teacher_file(path, **options):
@@ -335,7 +336,7 @@ def test_one_batch_is_overfitted(make, target):
 
 
 def test_tokenizer_file(tmp_path):
-    """save_model, load_tokenizer: the same codes, frozen."""
+    """A saved file, load_tokenizer: the same codes, frozen."""
     model = tiny_vqkd()
     save(tmp_path, model)
     loaded, imgs = beit_v2.load_tokenizer(tmp_path / "tokenizer.pt"), torch.rand(3, 3, 32, 32)
@@ -353,7 +354,7 @@ def test_tokenizer_file(tmp_path):
     ("--stage pretrain --tokenizer coarse.pt", "coarse.pt makes 4 x 4 tokens, but the ViT has 8 x 8 patches"),
     ("--stage pretrain --num_masked 64", "--num_masked 64 must lie between 1 and 63"),
     ("--stage pretrain --early_layer 7", "--early_layer 7 must lie between 1 and 6"),
-    ("--output_dir here", "give --stage tokenizer or --stage pretrain, too"),
+    ("--init here.pt", "give --stage tokenizer or --stage pretrain, too"),
 ))
 def test_wrong_flags_and_files(flags, words, tmp_path, monkeypatch, capsys):
     """Missing teacher, a teacher of another grid, wrong stage's file: one sentence each."""

@@ -1,6 +1,7 @@
 """dVAE: numbers of DALL-E's encoder, the objective against slow references, the tokenizer file."""
 import copy
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,8 +24,8 @@ def drawn(n=8, size=16):
 
 
 def save(folder, model):
-    args = SimpleNamespace(output_dir=folder, method="dvae", data="shapes")
-    data.save_model(args, "tokenizer.pt", model, SimpleNamespace(mean=(0.0,) * 3, std=(1.0,) * 3))
+    torch.save({"model": model.state_dict(), "config": model.config, "method": "dvae", "data": "shapes",
+                "mean": (0.0,) * 3, "std": (1.0,) * 3}, Path(folder) / "tokenizer.pt")
 
 
 @pytest.fixture(autouse=True)
@@ -287,7 +288,7 @@ def test_one_batch_is_overfitted(options):
 
 
 def test_tokenizer_file(tmp_path):
-    """save_model, load_tokenizer: the same codes and pixels, frozen, in evaluation mode."""
+    """A saved file, load_tokenizer: the same codes and pixels, frozen, in evaluation mode."""
     model = tiny_dvae()
     save(tmp_path, model)
     loaded = dvae.load_tokenizer(tmp_path / "tokenizer.pt")
@@ -317,7 +318,7 @@ def test_a_file_that_is_no_tokenizer(spoil, words, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", (("--stride 3", "--stride 3 must be a power of two"),
                                           ("--n_hid 10", "--n_hid 10 divisible by 4"),
-                                          ("--vocab 1", "argument --vocab: 1 must lie in [2, inf)")))
+                                          ("--vocab 1", "argument --vocab: 1 must lie in [2, 1e9]")))
 def test_wrong_flags(flags, words, monkeypatch, capsys):
     """One sentence before anything is begun."""
     monkeypatch.setattr("sys.argv", ["dvae.py", "--data", "shapes", *flags.split()])

@@ -3,6 +3,7 @@
 The scripts run on 208 + 41 drawn images of 8 px with a ViT of two small blocks (`shrink`), most of them in
 this process (`run`). Where a process has to die, this file is the program (`serve`, `child`).
 """
+import atexit
 import contextlib
 import importlib
 import itertools
@@ -67,9 +68,15 @@ def shrink(patch):
 
 
 def main_of(command, patch):
-    """Run main() of the script that `command` names, in this process."""
+    """Run main() of the script that `command` names, in this process, and what it leaves for its exit."""
+    left = []
     patch.setattr(sys, "argv", shlex.split(command))
-    importlib.import_module(Path(sys.argv[0]).stem).main()
+    patch.setattr(atexit, "register", lambda *call: left.insert(0, call))
+    try:
+        data.run(importlib.import_module(Path(sys.argv[0]).stem).main)
+    finally:
+        for function, *values in left:
+            function(*values)
 
 
 @contextlib.contextmanager
@@ -163,12 +170,12 @@ def child(words, hit=()):
         torch.save(kept[-1], Path(args.output_dir) / f"encoded.{data.rank()}")
         return kept[-1]
     patch.setattr(data, "encode", encode_and_keep)
-    save = data.save_checkpoint
+    save = data.Log.save
 
-    def save_of_every_rank(args, step, **parts):
-        torch.save(parts["model"].state_dict(), Path(args.output_dir) / f"model.{data.rank()}")
-        save(args, step, **parts)
-    patch.setattr(data, "save_checkpoint", save_of_every_rank)
+    def save_of_every_rank(log, done, state, **exports):
+        torch.save(state["model"].state_dict(), log.path.with_name(f"model.{data.rank()}"))
+        save(log, done, state, **exports)
+    patch.setattr(data.Log, "save", save_of_every_rank)
     main_of(shlex.join(words), patch)
 
 
@@ -247,6 +254,7 @@ def whole(tmp_path_factory, inputs):
             patch.setattr(Path, "replace", lambda path, to: (order.append(to.name), replace(path, to))[1])
             run(f"{command} --output_dir {folders[name]}")
             patch.setattr(Path, "replace", replace)
+            order = [name for name in order if not name.endswith(".png")]
             (folders[name].parent / "writes.json").write_text(json.dumps(order))
     return folders
 
@@ -400,12 +408,47 @@ def test_an_interrupted_probe_counts_its_whole_last_epoch(at, tmp_path, whole):
 
 
 @pytest.mark.parametrize("name", ("mae", "train", "linear"))
-def test_a_signal_in_the_last_step_ends_the_run_as_usual(name, tmp_path, whole):
-    """There is nothing left to resume: the run evaluates, writes its result and ends with status 0."""
-    run(f"{SCRIPTS[name]} --output_dir stopped", hit_at(signal.SIGTERM, STEPS))
+def test_a_signal_in_the_last_step_leaves_the_evaluation_to_resume(name, tmp_path, whole):
+    """An evaluation can take longer than a scheduler waits: all is saved, --resume evaluates."""
+    with pytest.raises(SystemExit) as left:
+        run(f"{SCRIPTS[name]} --output_dir stopped", hit_at(signal.SIGTERM, STEPS))
+    assert left.value.code == 128 + signal.SIGTERM and read("stopped/last.pt")["step"] == STEPS
+    run(f"{SCRIPTS[name].split()[0]} --resume --output_dir stopped")
     assert_same_run(tmp_path / "stopped", whole[name])
     last = {entry for line in log_of("stopped") if line["step"] == STEPS for entry in line}
     assert last & {"knn", "usage", "accuracy", "cls"}
+
+
+def in_evaluation(number, at):
+    """-> prepare: this process gets the signal `number` in its evaluation number `at`, from 0 on."""
+    def prepare(patch):
+        shrink(patch)
+        encode, count = data.encode, itertools.count()
+
+        def hit(*words):
+            if next(count) == 2 * at:                           # training images, then validation images
+                os.kill(os.getpid(), number)
+            return encode(*words)
+        patch.setattr(data, "encode", hit)
+    return prepare
+
+
+@pytest.mark.parametrize("at, step", ((0, 0), (1, 10), (2, 60)))
+def test_a_signal_in_an_evaluation_ends_it_at_once(at, step, tmp_path, whole, capsys):
+    """What was learned is saved before: nothing of the evaluation is logged, --resume makes it up."""
+    with pytest.raises(SystemExit) as left:
+        run(f"{MAE} --output_dir stopped", in_evaluation(signal.SIGTERM, at))
+    assert left.value.code == 128 + signal.SIGTERM
+    if not step:  # nothing to resume, so nothing stays
+        assert not Path("stopped").exists() and "stopped before there was anything" in capsys.readouterr().out
+        return
+    assert read("stopped/last.pt")["step"] == step
+    assert [line["step"] for line in log_of("stopped") if "knn" in line] == [0, 10][:at]
+    run("mae.py --resume --output_dir stopped")
+    assert_same_run(tmp_path / "stopped", whole["mae"])
+    knn = [[(line["step"], line["knn"]) for line in log_of(folder) if "knn" in line]
+           for folder in ("stopped", whole["mae"])]
+    assert knn[0] == knn[1] and [step for step, _ in knn[0]] == [0, 10, 60]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -554,11 +597,12 @@ def test_weights_that_are_not_finite_are_not_saved(capsys):
 
     def prepare(patch):
         shrink(patch)
-        patch.setattr(data.Log, "evaluates", lambda log, done: done == 20 and spoil(log))
+        patch.setattr(data.Log, "saves", lambda log, done: done == 20 and spoil(log))
 
     def spoil(log):
         with torch.no_grad():
             models[0].encoder.norm.weight.fill_(math.inf)
+        return True
     models, wrap = [], data.wrap
 
     def prepare_both(patch):
@@ -576,9 +620,9 @@ def test_weights_that_are_not_finite_are_not_saved(capsys):
     ("--img_size 1", "use --img_size 4"),
     ("--img_size 0", "argument --img_size: 0 must lie in [1, 4096] (see --help)"),
     ("--patch_size 0", "argument --patch_size: 0 must lie in [1, 1024] (see --help)"),
-    ("--batch_size 0", "argument --batch_size: 0 must lie in [1, inf) (see --help)"),
+    ("--batch_size 0", "argument --batch_size: 0 must lie in [1, 1e9] (see --help)"),
     ("--accum_steps 3", "use 18 or 21"),
-    ("--max_steps -1", "argument --max_steps: -1 must lie in [0, inf) (see --help)"),
+    ("--max_steps -1", "argument --max_steps: -1 must lie in [0, 1e9] (see --help)"),
     ("--seed -1", "argument --seed: -1 must lie in [0, 4294967295] (see --help)"),
     ("--batch_size 300", "--batch_size 300 is larger than the 208 training images: use 128 or less"),
     ("--batchsize 20", "unrecognized arguments: --batchsize 20"),
@@ -969,7 +1013,7 @@ def test_log_averages_and_draws(capsys):
     Path("run").mkdir()
     args = SimpleNamespace(output_dir="run", device="cpu", resume=False, log_every=2, epochs=2, batch_size=8,
                            eval_every=1, save_every=1)
-    loader = SimpleNamespace(epoch_steps=5, total_steps=10, skipped=set(), interrupted=False)
+    loader = SimpleNamespace(epoch_steps=5, total_steps=10, skipped=set())
     with guarded():
         log = data.Log(args, loader)
         for step in range(10):
@@ -994,7 +1038,7 @@ def test_images_per_second_do_not_count_evaluations():
     Path("run").mkdir()
     args = SimpleNamespace(output_dir="run", device="cpu", resume=False, log_every=1, epochs=1,
                            batch_size=1000)
-    loader = SimpleNamespace(epoch_steps=2, total_steps=2, skipped=set(), interrupted=False)
+    loader = SimpleNamespace(epoch_steps=2, total_steps=2, skipped=set())
     with guarded():
         log = data.Log(args, loader)
         time.sleep(0.5)

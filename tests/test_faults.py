@@ -1,0 +1,221 @@
+"""What the machine does to a run: each fault ends in one sentence, and what was saved stays."""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from test_runs import (  # noqa: F401: inputs and elsewhere are fixtures
+    BEIT2, MAE, ROOT, VQKD, data, elsewhere, forked, inputs, read, run, sentence, shrink, snapshot)
+
+FAULTS = (  # as torch and the system say it -> what to do
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"), "--accum_steps"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+     "--accum_steps"),
+    (MemoryError("Unable to allocate 5.00 GiB for an array"), "--accum_steps"),
+    (RuntimeError("Storage size calculation overflowed with sizes=[99999999999, 99999]"), "--accum_steps"),
+    (OSError(24, "Too many open files"), "ulimit -n"),
+    (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "--num_workers"),
+    (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "--num_workers"),
+    (RuntimeError("unable to write to file </torch_1>: shared memory is full"), "--ipc=host"),
+    (RuntimeError("Failed\nInvalidCxxCompiler: No working C++ compiler found in torch._inductor"), "gcc"),
+    (RuntimeError("Cannot find a working triton installation"), "--no-compile"),
+    (RuntimeError("[../third_party/gloo] Connection closed by peer [127.0.0.1]:4242"), "another rank"),
+    (RuntimeError("NCCL communicator was aborted on rank 1"), "another rank"),
+    (FileNotFoundError(2, "No such file or directory", "data"), "check the path"),
+    (PermissionError(13, "Permission denied", "out"), "permissions"),
+)
+
+
+@pytest.mark.parametrize("fault, remedy", FAULTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_fault_ends_in_one_sentence_with_its_remedy(fault, remedy, capsys):
+    """Status 2; the line of the message that tells, and what to do."""
+    def main():
+        raise fault
+    with pytest.raises(SystemExit) as left:
+        data.run(main)
+    said = capsys.readouterr().err.strip()
+    assert left.value.code == 2 and remedy in said and "\n" not in said
+    assert str(fault).splitlines()[-1][:40] in said
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback(capsys):
+    """Only what the user or the machine can mend is told in a sentence."""
+    for mistake in (AssertionError("(2, 3) in 4 px patches"), KeyError("encoder"), ValueError("of 3")):
+        def main():
+            raise mistake
+        with pytest.raises(type(mistake)):
+            data.run(main)
+    assert not capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_first_step(capsys):
+    """While data are read, a model is built, or a duration estimated: a sentence, status 130, no folder."""
+    def prepare(patch):
+        shrink(patch)
+
+        def interrupted(args):
+            raise KeyboardInterrupt
+        patch.setattr(data, "load_sets", interrupted)
+    assert "before the first step" in sentence(f"{MAE} --output_dir new", capsys, 130, prepare)
+    assert not Path("new").exists()
+
+
+# ---- folders ----
+
+def test_a_failed_command_leaves_no_folder(capsys):
+    """Not even those above it that it made; a folder that holds anything else stays."""
+    sentence(f"{MAE} --batch_size 220 --output_dir a/b/c", capsys)
+    assert not Path("a").exists()
+    Path("kept/notes").mkdir(parents=True)
+    sentence(f"{MAE} --batch_size 220 --output_dir kept", capsys)
+    assert Path("kept/notes").exists()
+
+
+def test_of_two_runs_started_together_one_is_refused(capsys):
+    """Both have looked and found the folder free; only one can make it."""
+    def prepare(patch):
+        shrink(patch)
+        exists = Path.exists
+        patch.setattr(Path, "exists", lambda path: path.name != "pictures" and exists(path))
+    Path("run/pictures").mkdir(parents=True)
+    assert "run (File exists)" in sentence(f"{MAE} --output_dir run", capsys, prepare=prepare)
+    assert list(Path("run").rglob("*")) == [Path("run/pictures")]
+
+
+def test_a_killed_start_is_refused_and_resumed(capsys):
+    """Killed before its first line, a run has claimed its folder: --resume begins anew there."""
+    Path("run/pictures").mkdir(parents=True)
+    assert "run already holds a run" in sentence(f"{MAE} --output_dir run", capsys)
+    run(f"{MAE} --max_steps 2 --resume --output_dir run")
+    assert read("run/last.pt")["step"] == 2
+
+
+def test_output_dir_of_both_stages():
+    """beit_v2.py --output_dir X: the tokenizer goes to X-tokenizer, where pre-training finds it."""
+    flags = " ".join(f"{VQKD} {BEIT2} --max_steps 3".split()).replace("beit_v2.py", "")
+    run("beit_v2.py " + re.sub(r"--stage \w+|--epochs 6", "", flags) + " --output_dir x")
+    assert read("x-tokenizer/tokenizer.pt")["method"] == "beit_v2" and read("x/last.pt")["step"] == 3
+    before = snapshot("x-tokenizer")
+    run("beit_v2.py " + re.sub(r"--stage \w+|--epochs 6", "", flags) + " --output_dir x")     # goes on
+    assert snapshot("x-tokenizer")[Path("x-tokenizer/last.pt")] == before[Path("x-tokenizer/last.pt")]
+
+
+@pytest.mark.parametrize("name", ("log.jsonl", "encoder.pt", "last.pt", "000000.png", "args.json"))
+def test_a_full_disk(name, capsys):
+    """While any file is written: a sentence, no .tmp, and the files of before are as they were."""
+    def prepare(patch):
+        shrink(patch)
+        fsync = os.fsync
+
+        def full(file):
+            if name in os.readlink(f"/proc/self/fd/{file}"):
+                raise OSError(28, "No space left on device")
+            fsync(file)
+        patch.setattr(os, "fsync", full)
+        patch.setattr(data, "save_rows", lambda path, *rest: data.save_atomically("picture", path))
+    run(f"{MAE} --max_steps 10 --output_dir run")
+    before = snapshot("run")
+    with open("run/log.jsonl", "a") as file:
+        file.write('{"half a li')                               # so that the log has to be shortened
+    said = sentence("mae.py --resume --max_steps 20 --eval_every 1 --output_dir run"
+                    if name != "000000.png" else f"{MAE} --output_dir new", capsys, prepare=prepare)
+    assert name in said and "No space left on device" in said and "--output_dir" in said
+    assert not list(Path().rglob("*.tmp"))
+    assert {Path("run/last.pt"), Path("run/encoder.pt")} <= before.keys()
+    if name in ("last.pt", "encoder.pt", "log.jsonl"):
+        half = b'{"half a li' * (name == "log.jsonl")
+        assert Path("run", name).read_bytes() == before[Path("run", name)] + half
+
+
+def test_torch_save_on_a_full_disk(monkeypatch, capsys):
+    """torch.save hides the system's error behind one of its own."""
+    class Full:
+        def __init__(self, path, mode):
+            self.file = open(path, mode)
+
+        def write(self, content):
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+    monkeypatch.setattr(data, "open", Full, raising=False)
+    with pytest.raises(SystemExit):
+        data.save_atomically({"weight": torch.zeros(1000)}, Path("last.pt"))
+    assert "(No space left on device)" in capsys.readouterr().err and os.listdir() == ["out"]
+
+
+def test_the_run_folder_is_deleted_meanwhile(capsys):
+    """One sentence, not a traceback."""
+    def prepare(patch):
+        shrink(patch)
+        step = data.Log.step
+
+        def remove(log, n, **values):
+            if n == 5:
+                shutil.rmtree("run")
+            step(log, n, **values)
+        patch.setattr(data.Log, "step", remove)
+    assert "cannot write to run/log.jsonl" in sentence(f"{MAE} --output_dir run", capsys, prepare=prepare)
+
+
+# ---- the ends of pipes, and signals ----
+
+def script(words, **options):
+    """A script as a user starts it, in a process of its own."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    name, *words = words.split()
+    return subprocess.Popen([sys.executable, str(ROOT / name), *words], env=env, text=True, **options,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def test_nobody_reads_the_output_any_more():
+    """`python mae.py | head -1`: the run goes on to its end without a word of complaint."""
+    process = script(f"{MAE} --max_steps 60 --eval_every 0 --output_dir run")
+    assert process.stdout.readline().startswith("mae: recipe")
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 0 and "BrokenPipe" not in said and "Traceback" not in said
+    assert read("run/last.pt")["step"] == 60 and Path("run/curves.png").exists()
+
+
+def test_sigterm_to_a_run_and_its_workers():
+    """A scheduler's signal reaches the whole group: the workers ignore it, the run saves, and none is left."""
+    for i, (img, label) in enumerate(zip(*data.draw_shapes(60, 8, 0))):
+        path = Path("set", "val" if i >= 40 else "train", str(label.item()), f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(img.permute(1, 2, 0).numpy()).save(path)
+    flags = MAE.replace("--data shapes", "--data set --num_workers 2 --eval_every 0")
+    process = script(f"{flags} --epochs 100000 --output_dir run")
+    while not Path("run/last.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "stopped and saved: --resume continues run" in out and "Traceback" not in said
+    left = [path for path in Path("/proc").glob("[0-9]*/stat")
+            if path.read_text().rpartition(")")[2].split()[3] == str(process.pid)]      # its session
+    assert not left, "a worker outlives its run"
+
+
+def test_ranks_agree_on_a_signal(tmp_path):
+    """Between two lines of the log: all save after the same step."""
+    statuses, done = forked((f"{MAE} --log_every 1000 --output_dir {tmp_path}/two",
+                             (signal.SIGTERM, 17, 0)), ranks=2)
+    assert statuses == 2 * [128 + signal.SIGTERM], done.stderr
+    assert 17 <= read("two/last.pt")["step"] < 60 and "stopped and saved" in done.stdout
