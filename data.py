@@ -20,6 +20,7 @@ import copy
 import glob
 import hashlib
 import http.client
+import importlib.util
 import inspect
 import itertools
 import json
@@ -1029,6 +1030,9 @@ class Loader:
 COLUMNS = ("shapes", "laptop", "small", "imagenet")
 MODELS = ("micro", "tiny", "small", "base", "large", "huge")
 
+CORES = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) // int(
+    os.environ.get("LOCAL_WORLD_SIZE", 1))                      # of this rank
+
 # A row of a recipe: values, meaning, and an interval or the choices. Values: one for all, or one for each of
 # COLUMNS; any may be a dict by --model, whose first entry serves the models that it does not name. A row in a
 # script whose flag stands here is values alone.
@@ -1039,7 +1043,7 @@ COMMON = {
         "img_size": (0, "image side in pixels (the data set's if not given)", "[1, 4096]"),
         "patch_size": (0, "patch side in pixels (the data set's if not given)", "[1, 1024]"),
         "holdout": (0, "set this many training images aside and validate on them: tune with it", "[0, 1e9]"),
-        "num_workers": (min(10, os.cpu_count()), "processes that decode image files", "[0, 1024]")},
+        "num_workers": (min(10, CORES), "processes that decode image files, on each rank", "[0, 1024]")},
     "training": {
         "recipe": ("", "column of the recipe; chosen by data and model if not given", COLUMNS),
         "model": (("micro", "micro", "tiny", "base"), "size of the Vision Transformer", MODELS),
@@ -1062,7 +1066,7 @@ COMMON = {
         "compile": (None, "compile the model with torch.compile (default: on CUDA only)"),
         "log_every": (50, "steps between two lines of the log", "[1, 1e9]"),
         "eval_every": ((6, 50, 25, 50), "epochs between evaluations; 0: none at all", "[0, 1e9]"),
-        "save_every": (1, "epochs between two checkpoints", "[1, 1e9]"),
+        "save_every": ((1, 1, 5, 1), "epochs between two checkpoints", "[1, 1e9]"),
         "max_steps": (0, "stop after this many steps; 0: run all epochs", "[0, 1e9]")}}
 
 
@@ -1259,9 +1263,15 @@ def setup(args):
         native = "cuda" in args.device and torch.cuda.get_device_capability() >= (8, 0)
         args.amp = "bf16" if native else "fp16" if "cuda" in args.device else "none"
     if args.compile is None:
-        args.compile = "cuda" in args.device
+        args.compile = "cuda" in args.device and can_compile()
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if "cuda" in args.device else "gloo")
+        store = None
+        if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:        # torchrun's, which outlives its restarts
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        cuda = torch.device(args.device) if "cuda" in args.device else None
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world_size(),
+                                device_id=cuda)
         atexit.register(dist.destroy_process_group)             # not before: two stages may share the process
     torch.manual_seed(args.seed)
     folder = Path(args.output_dir)
@@ -1327,6 +1337,16 @@ def run(main):
         raise
 
 
+def can_compile():
+    """Is there what torch.compile needs on a GPU? If not, say what is missing."""
+    missing = ("a GPU of compute capability 7" if torch.cuda.get_device_capability() < (7, 0) else
+               "the package triton" if not importlib.util.find_spec("triton") else
+               "" if shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") else "a C compiler")
+    if missing:
+        say(f"not compiled, so slower: torch.compile needs {missing}")
+    return not missing
+
+
 def save_args(args):
     """args.json: the flags (what --resume reads), and what else is needed to repeat the run."""
     git = shutil.which("git") and subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"],
@@ -1365,8 +1385,8 @@ def wrap(model, args):
         model.compile()
     if world_size() == 1:
         return model
-    return torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=[local_rank()] if "cuda" in args.device else None)
+    return torch.nn.parallel.DistributedDataParallel(           # buffers are each rank's own, or kept equal
+        model, device_ids=[local_rank()] if "cuda" in args.device else None, broadcast_buffers=False)
 
 
 def compiled(function, args):
@@ -1818,9 +1838,10 @@ def load_state(model, state, path, flags=""):
 
 def check_weights(args, weights):
     """Exit with one sentence before weights that are not finite take the place of good ones."""
-    for name, value in weights.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            stop(f"the weight {name} is not finite: {diverged(args)}")
+    finite = [value.isfinite().all() for value in weights.values()]
+    if not torch.stack(finite).all():                           # waits once, not for each
+        name = next(name for name, good in zip(weights, finite) if not good)
+        stop(f"the weight {name} is not finite: {diverged(args)}")
 
 
 def diverged(args):
