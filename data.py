@@ -1385,8 +1385,10 @@ def wrap(model, args):
         model.compile()
     if world_size() == 1:
         return model
-    return torch.nn.parallel.DistributedDataParallel(           # buffers are each rank's own, or kept equal
-        model, device_ids=[local_rank()] if "cuda" in args.device else None, broadcast_buffers=False)
+    net = torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[local_rank()] if "cuda" in args.device else None)
+    net.broadcast_buffers = False                               # BatchNorm's statistics are each rank's own
+    return net
 
 
 def compiled(function, args):
