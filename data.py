@@ -1939,6 +1939,9 @@ def encode(args, features, source):
         with autocast(args):
             outputs.append(features(imgs).float())
         labels.append(y)
+        if sys.stderr.isatty():
+            done = sum(map(len, labels)) * world_size()
+            say(f"\r\033[Kjudging: {done:,} of {len(source):,} images", "", "stderr")
     outputs, labels = torch.cat(outputs), torch.cat(labels)
     if source.skipped:
         labels[[path in source.skipped for path in source.imgs[rank()::world_size()]]] = -1
@@ -1966,14 +1969,22 @@ def knn_vote(train_x, train_y, x, ks, num_classes, temperature=0.07):
     return {k: torch.cat(parts) for k, parts in guesses.items()}
 
 
-def knn_monitor(args, model, train_set, val_set, k=20, bank=50_000):
-    """Accuracy in % of a k-NN vote over at most `bank` training images, on model.features(imgs) -> (B, D).
-    None if all are of one class."""
+def sample(source, n):
+    """n images of a set, the same at every call, or all of them"""
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    return source.subset(order[:n]) if n < len(source) else source
+
+
+@torch.no_grad()
+def knn_monitor(args, model, train_set, val_set, k=20):
+    """Accuracy in % of a k-NN vote on model.features(imgs) -> (B, D); None if all images are of one class.
+
+    It reads 1% as many training images as the whole training will see, but 2,000 to 50,000, and a quarter as
+    many validation images, so that it stays cheap beside the training; vit.py --mode knn reads them all."""
     if len(train_set.classes) == 1:
         return None
-    if len(train_set) > bank:
-        train_set = train_set.subset(
-            torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0))[:bank])
+    most = min(50_000, max(2_000, args.epochs * len(train_set) // 100))
+    train_set, val_set = sample(train_set, most), sample(val_set, most // 4)
     model.eval()
     train_x, train_y = encode(args, model.features, train_set)
     x, y = encode(args, model.features, val_set)

@@ -15,10 +15,16 @@ lie on the device, in turns with plain matrix products of the same precision: bo
     python tests/bench.py --model base --img_size 224 --patch_size 16 --batch_size 256 \\
         --device cuda --dtype bfloat16 --compile
     python tests/bench.py --input                # augmentation, block masks, JPEG decoding
+    python tests/bench.py --run                  # the loop of every script against its bare step
 """
 import argparse
+import contextlib
+import itertools
+import json
+import math
 import os
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -357,6 +363,65 @@ def bench_jpeg(args, number=32):
                   f"{far.mean():.2f} / 255 (worst image {far.max():.2f}), {others}", flush=True)
 
 
+# ---- whole runs ----
+
+RUNS = {  # in this order: the later ones read what the earlier ones wrote
+    "dvae": "dvae.py", "mae": "mae.py", "ibot": "ibot.py --img_size 24", "vit": "vit.py",
+    "beit": "beit.py --tokenizer dvae/tokenizer.pt", "cae": "cae.py --tokenizer dvae/tokenizer.pt",
+    "vqkd": "beit_v2.py --stage tokenizer --teacher mae/encoder.pt",
+    "beit_v2": "beit_v2.py --stage pretrain --tokenizer vqkd/tokenizer.pt"}
+
+
+def run_script(words, bare, first=8):
+    """main() of a script in this process. bare: its first batch again and again, nothing saved.
+
+    -> seconds a step, after the first ones; seconds of the first evaluation; evaluations' share of a whole run
+    """
+    begun, times, about = [], [], []
+    steps, batches, init = data.Loader.steps, data.Loader.batches, data.Log.__init__
+
+    def timed(loader, start, net):
+        for item in steps(loader, start, net):
+            times.append(time.perf_counter())
+            yield item
+
+    def prepared(loader, order):
+        if bare and loader.train:
+            yield from itertools.repeat(next(batches(loader, order)))
+        yield from batches(loader, order)
+
+    def logged(log, args, loader, start=0):
+        init(log, args, loader, start)
+        about[:] = loader.all_steps, 2 + math.floor(args.epochs / args.eval_every) + 1
+        begun.append(time.perf_counter())
+    data.Loader.steps, data.Loader.batches, data.Log.__init__ = timed, prepared, logged
+    sys.argv = words.split() + "--eval_every 1000000 --save_every 1000000".split() * bare
+    try:
+        runpy.run_path(str(Path(data.__file__).with_name(sys.argv[0])), run_name="__main__")
+    finally:
+        data.Loader.steps, data.Loader.batches, data.Log.__init__ = steps, batches, init
+    step, judged = (times[-1] - times[first]) / (len(times) - 1 - first), times[0] - begun[0]
+    return step, about[1] * judged / (about[1] * judged + about[0] * step)
+
+
+def bench_run(args):
+    """Every script on drawn images, recipe laptop: its loop in turns with its step on one prepared batch."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for method, command in RUNS.items():
+            words = (f"{command} --data shapes --recipe laptop --model micro --amp {AMP[args.dtype]} --device "
+                     f"{args.device} {'--compile' if args.compile else '--no-compile'} --max_steps 50")
+            start, whole, bare = cpu_clock(), [], []
+            with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+                for turn in range(args.repeats):
+                    whole.append(run_script(f"{words} --output_dir {method if turn == 0 else f'{method}{turn}'}", False))
+                    bare.append(run_script(f"{words} --output_dir {method}-bare{turn}", True))
+            loop, share = (statistics.median(values) for values in zip(*whole))
+            step = statistics.median(seconds for seconds, _ in bare)
+            batch = json.loads(Path(method, "args.json").read_text())["flags"]["batch_size"]
+            print(f"  {method:8} {batch / step:8.1f} images/s in bare steps, {batch / loop:8.1f} in the loop: "
+                  f"{step / loop:.0%}; evaluations {share:.1%} of a laptop run, {others_since(start)}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -369,11 +434,14 @@ def main():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--repeats", type=int, default=7, help="turns; the median is printed")
+    parser.add_argument("--run", action="store_true", help="measure the loops of all scripts")
     parser.add_argument("--input", action="store_true", help="measure augmentation and JPEG decoding")
     args = parser.parse_args()
     if len(sys.argv) == 1:
         for flags in TABLE:  # each in its own process, for its own peak memory
             subprocess.run([sys.executable, __file__, *flags.split()], check=True)
+    elif args.run:
+        bench_run(args)
     elif args.input:
         bench_augmentation(args)
         bench_jpeg(args)

@@ -570,3 +570,27 @@ def test_parts_and_ranks_are_one_large_batch(name, way, world, tmp_path):
 
 if __name__ == "__main__":
     child()
+
+
+def test_the_monitor_reads_a_share_of_the_images(monkeypatch):
+    """1% of what the training will see, 2,000 to 50,000 of them, and a quarter as many validation images: the
+    same ones at every call. In a short run on many images it costs no more than the training."""
+    asked = []
+
+    def encode(args, features, source):
+        asked.append(source.imgs.flatten().tolist())
+        return torch.eye(10)[source.labels], source.labels
+    monkeypatch.setattr(data, "encode", encode)
+
+    def images(n):
+        return data.Images(torch.arange(n).view(n, 1), torch.arange(n) % 10, list("0123456789"), 0, 1)
+    model = torch.nn.Identity()
+    model.features = None
+    for epochs, n, bank, judged in ((1, 60_000, 2_000, 500), (20, 50_000, 10_000, 2_500),
+                                    (900, 60_000, 50_000, 3_000), (1, 500, 500, 400)):
+        val = images(min(3_000, 400 if n == 500 else 3_000))
+        for _ in range(2):
+            assert data.knn_monitor(SimpleNamespace(epochs=epochs), model, images(n), val) == 100
+        assert [len(part) for part in asked] == 2 * [bank, judged] and asked[:2] == asked[2:]
+        assert all(len(set(part)) == len(part) for part in asked)
+        asked.clear()
