@@ -17,6 +17,7 @@ import argparse
 import atexit
 import contextlib
 import copy
+import functools
 import glob
 import hashlib
 import http.client
@@ -506,12 +507,12 @@ def read_folders(root, holdout):
 #  VIEWS: what the model is shown
 # ============================================================================================================
 #
-# Random numbers are drawn per image, on the CPU (so that no step waits for the GPU); pixels are computed in
-# batches on the device of the images.
+# Random numbers are drawn per image, on the CPU; pixels are computed in batches on the device of the images.
+# No step waits for the GPU (tests/test_device.py): what it gets goes through `to_device` or `constant`.
 
 @dataclass
 class View:
-    """How images become one input of a model; `count` views of this kind are made of every image.
+    """How images become one input of a model; `count` views of this kind are made of every image, as a batch.
 
     scale None shows the whole image: as it is or, streamed, its centre.
     tokenizer_size n gives the same crop again, n pixels wide and in [0, 1], for the tokenizer."""
@@ -523,7 +524,7 @@ class View:
     jitter: tuple = None               # strengths of brightness, contrast, saturation, hue
     jitter_prob: float = 1.0
     gray: float = 0.0
-    blur: float = 0.0
+    blur: float = 0.0                  # this and the next may be tuples: a number for each of the `count`
     solarize: float = 0.0
     rand_augment: float = 0.0          # magnitude, 9 in most papers; 0 = off
     erase: float = 0.0
@@ -535,6 +536,17 @@ def uniform(low, high, *shape):
 
 
 # ---- crops ----
+def to_device(tensor, device):
+    """Send a tensor of the CPU; to a GPU from pinned memory, as only such copies are not waited for."""
+    return (tensor.pin_memory() if "cuda" in str(device) else tensor).to(device, non_blocking=True)
+
+
+@functools.cache
+def constant(values, device):
+    """A tuple of n numbers as a tensor (n, 1, 1), sent to a device once: that waits for it."""
+    return torch.tensor(values, device=device)[..., None, None]
+
+
 
 def random_sizes(B, H, W, scale, ratio, fits):
     """Sizes of random boxes: area share uniform in `scale`, width / height log-uniform in `ratio`, ten tries.
@@ -578,7 +590,7 @@ def resize_weights(start, length, n_in, n_out):
 def crop_and_resize(imgs, boxes, size):
     """Cut a box (B, 4) out of each image (B, 3, H, W) and resize it, antialiased bicubic. -> (B, 3, s, s)"""
     H, W = imgs.shape[-2:]
-    top, left, h, w = boxes.to(imgs.device, non_blocking=True).unbind(1)
+    top, left, h, w = to_device(boxes, imgs.device).unbind(1)
     rows, cols = resize_weights(top, h, H, size), resize_weights(left, w, W, size)  # (B, s, H), (B, s, W)
     return (rows[:, None] @ (imgs @ cols.transpose(1, 2)[:, None])).clamp(0, 1)
 
@@ -594,11 +606,11 @@ def resize(imgs, size):
 
 def per_image(values, imgs):
     """(B,) drawn on the CPU -> (B, 1, 1, 1) on the device of imgs."""
-    return values.to(imgs.device, non_blocking=True)[:, None, None, None]
+    return to_device(values, imgs.device)[:, None, None, None]
 
 
 def luma(imgs):
-    return (imgs * imgs.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)  # (B, 1, H, W)
+    return (imgs * constant((0.299, 0.587, 0.114), imgs.device)).sum(1, keepdim=True)       # (B, 1, H, W)
 
 
 def blend(imgs, kind, factor):
@@ -609,7 +621,7 @@ def blend(imgs, kind, factor):
 
 def smooth(imgs):
     """A 3 x 3 smoothed copy whose one-pixel border is the image itself"""
-    kernel = imgs.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    kernel = constant((1.0, 1.0, 1.0, 1.0, 5.0, 1.0, 1.0, 1.0, 1.0), imgs.device).view(3, 3) / 13
     inner, imgs = F.conv2d(imgs, kernel.expand(3, 1, 3, 3), groups=3), imgs.clone()
     imgs[:, :, 1:-1, 1:-1] = inner
     return imgs
@@ -627,19 +639,17 @@ def hue(imgs, turn):
     safe = torch.where(chroma == 0, 1, chroma)
     h = torch.where(top == r, (g - b) / safe, torch.where(top == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     h = (h / 6 + per_image(turn, imgs)[:, 0]) % 1 * 6  # in sixths of the circle
-    k = (h[:, None] + imgs.new_tensor([5, 3, 1])[:, None, None]) % 6                        # (B, 3, H, W)
+    k = (h[:, None] + constant((5.0, 3.0, 1.0), imgs.device)) % 6                           # (B, 3, H, W)
     return top[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def where_chosen(imgs, choice, operations):
-    """Image i goes through operations[choice[i]](imgs, rows), or stays if there is none. choice (B,): CPU."""
-    imgs = imgs.clone()
-    for k, operation in enumerate(operations):
-        rows = (choice == k).nonzero()[:, 0]  # on the CPU, so that the GPU is not waited for
-        if len(rows):
-            on_device = rows.to(imgs.device, non_blocking=True)
-            imgs[on_device] = operation(imgs[on_device], rows)
-    return imgs
+    """Image i goes through operations[choice[i]](imgs, rows), or stays if that is -1. choice (B,): CPU."""
+    order, counts = choice.argsort(stable=True), (choice + 1).bincount(minlength=len(operations) + 1).tolist()
+    on_device = to_device(order, imgs.device)
+    parts, rows = imgs[on_device].split(counts), order.split(counts)    # those that stay come first
+    parts = [f(x, i) if len(i) else x for f, x, i in zip([lambda x, i: x, *operations], parts, rows)]
+    return torch.empty_like(imgs).index_copy_(0, on_device, torch.cat(parts))
 
 
 def color_jitter(imgs, strengths, prob=1.0):
@@ -648,19 +658,19 @@ def color_jitter(imgs, strengths, prob=1.0):
     factor = torch.stack([uniform(max(0, 1 - s), 1 + s, B) for s in strengths[:3]])         # (3, B)
     turn = uniform(-strengths[3], strengths[3], B)
     order = torch.rand(B, 4).argsort(1)
-    order[torch.rand(B) >= prob] = -1
-    operations = [lambda x, i, k=k, kind=kind: blend(x, kind, factor[k, i])
-                  for k, kind in enumerate(("brightness", "contrast", "color"))]
-    operations = [f if s else (lambda x, i: x) for f, s in zip(
-        [*operations, lambda x, i: hue(x, turn[i])], strengths)]
+    order[(torch.rand(B, 1) >= prob) | (torch.tensor(strengths) == 0)[order]] = -1
+    operations = [*(lambda x, i, k=k, kind=kind: blend(x, kind, factor[k, i]) for k, kind in enumerate(
+        ("brightness", "contrast", "color"))), lambda x, i: hue(x, turn[i])]
     for place in range(4):
         imgs = where_chosen(imgs, order[:, place], operations)
     return imgs
 
 
 def sometimes(imgs, prob, changed):
-    """Each image as `changed` (of the same shape, or with one channel) with probability `prob`"""
-    return torch.where(per_image(torch.rand(len(imgs)) < prob, imgs), changed, imgs)
+    """Each image as `changed`, pixels or what where_chosen calls, with probability `prob` (of its part)"""
+    chosen = torch.rand(len(imgs)) < torch.from_numpy(np.repeat(np.float32(prob), len(imgs) // np.size(prob)))
+    return (where_chosen(imgs, chosen.long() - 1, [changed]) if callable(changed) else
+            torch.where(per_image(chosen, imgs), changed, imgs))
 
 
 def solarize(imgs, threshold=128):
@@ -690,10 +700,9 @@ def affine(imgs, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0, fill=(124, 116, 104))
     """Move images by x <- a x + b y + c, y <- d x + e y + f, output to input places in [-1, 1]; bicubic.
 
     a ... f: numbers, or (B,). Outside the image is `fill`."""
-    fill = imgs.new_tensor(fill)[:, None, None] / 255
+    fill = constant(fill, imgs.device) / 255
     matrix = torch.stack([torch.as_tensor(entry).expand(len(imgs)) for entry in (a, b, c, d, e, f)], 1)
-    grid = F.affine_grid(matrix.view(-1, 2, 3).to(imgs.device, non_blocking=True), list(imgs.shape),
-                         align_corners=False)
+    grid = F.affine_grid(to_device(matrix.view(-1, 2, 3), imgs.device), list(imgs.shape), align_corners=False)
     return (F.grid_sample(imgs - fill, grid, mode="bicubic", align_corners=False) + fill).clamp(0, 1)
 
 
@@ -766,11 +775,11 @@ def random_erasing(imgs, prob, area=(0.02, 1 / 3), aspect=0.3):
     B, _, H, W = imgs.shape
     w, h, found = random_sizes(B, H, W, area, (aspect, 1 / aspect), lambda w, h: (h < H) & (w < W))
     top, left = (torch.rand(2, B) * torch.stack([H - h + 1, W - w + 1])).long()
-    chosen = (torch.rand(B) < prob) & found
-    rows, cols = torch.arange(H)[None, :, None], torch.arange(W)[None, None, :]
-    top, left, h, w = (v[:, None, None] for v in (top, left, h, w))
-    box = chosen[:, None, None] & (rows >= top) & (rows < top + h) & (cols >= left) & (cols < left + w)
-    return torch.where(box[:, None].to(imgs.device, non_blocking=True), torch.randn_like(imgs), imgs)
+    boxes = torch.stack([top, left, top + h, left + w]) * ((torch.rand(B) < prob) & found)  # (4, B)
+    top, left, bottom, right = to_device(boxes, imgs.device)[..., None, None, None]
+    rows, cols = (torch.arange(n, device=imgs.device) for n in (H, W))
+    box = (rows[:, None] >= top) & (rows[:, None] < bottom) & (cols >= left) & (cols < right)
+    return torch.where(box, torch.randn_like(imgs), imgs)
 
 
 def mixup_cutmix(imgs, labels, num_classes, mixup, cutmix, smoothing):
@@ -801,7 +810,7 @@ def cutmix_side(n, centre, lam):
 
 # ---- masks ----
 
-def blockwise_mask(B, grid, num_masked, min_block=16, rule="end", device="cpu", tries=64):
+def blockwise_mask(B, grid, num_masked, min_block=16, rule="end", device="cpu", tries=10):
     """Random block masks (BEiT, arXiv:2106.08254, algorithm 1, with details of its code), for a whole batch.
 
     Blocks of s ~ U(min_block, what is left) patches and log-uniform aspect in (0.3, 1/0.3) are added until
@@ -810,32 +819,30 @@ def blockwise_mask(B, grid, num_masked, min_block=16, rule="end", device="cpu", 
         "end"   ends with fewer patches (BEiT, iBOT);
         "fill"  is filled up with single patches (BEiT v2);
         "on"    goes on until num_masked are hidden (CAE; after a thousand failures it is filled up).
-    All images make their `tries` in lock step, without waiting for the device: masks that go on are drawn on
-    the CPU.
-    -> (B, grid * grid) bool, True = hidden"""
-    where, patience = ("cpu", 1000) if rule == "on" else (device, 10)
-    budget = torch.as_tensor(num_masked, dtype=torch.float32, device=where).expand(B)
-    mask = torch.zeros(B, grid, grid, dtype=torch.bool, device=where)
-    count, failures = torch.zeros(B, device=where), torch.zeros(B, device=where)
-    place, again = torch.arange(grid, device=where), True
-    while again:
-        for u in torch.rand(tries, 4, B, device=where):         # a try: area, aspect, top, left of a block
-            room = budget - count
-            area = min_block + u[0] * (room - min_block)        # bounds in either order, as in the original
-            ratio = ((2 * u[1] - 1) * math.log(0.3)).exp()
-            h, w = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-            top, left = (u[2] * (grid - h + 1)).floor(), (u[3] * (grid - w + 1)).floor()
-            rows = (place >= top[:, None]) & (place < (top + h)[:, None])                   # (B, grid)
-            cols = (place >= left[:, None]) & (place < (left + w)[:, None])
-            new = rows[:, :, None] & cols[:, None, :] & ~mask                               # (B, grid, grid)
-            added = new.sum((1, 2))
-            fits = (h < grid) & (w < grid) & (added > 0) & (added <= room)
-            accept = fits & (room > 0) & (failures < patience)
-            mask |= new & accept[:, None, None]
-            count += added * accept
-            failures = torch.where(accept, 0, failures + 1)
-        again = rule == "on" and bool(((count < budget) & (failures < patience)).any())
-    mask = mask.flatten(1).to(device, non_blocking=True)
+    Blocks are drawn on the CPU, in rounds: each mask that goes on takes the first of `tries` that fits.
+    -> (B, grid * grid) bool on `device`, True = hidden"""
+    budget = torch.as_tensor(num_masked, dtype=torch.float32).expand(B)
+    mask, place = torch.zeros(B, grid, grid, dtype=torch.bool), torch.arange(grid)
+    rows, failures, patience = torch.arange(B), torch.zeros(B), 1000 if rule == "on" else 10
+    while len(rows):
+        hidden = F.pad(mask[rows].cumsum(1, dtype=torch.float32).cumsum(2), (1, 0, 1, 0)).flatten(1)
+        room = budget[rows, None] - hidden[:, -1:]                                          # (b, 1)
+        u = torch.rand(4, len(rows), tries)                     # area, aspect, top, left of a block
+        area = min_block + u[0] * (room - min_block)            # bounds in either order, as in the original
+        ratio = ((2 * u[1] - 1) * math.log(0.3)).exp()
+        h, w = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()                 # (b, tries)
+        small, h, w = (h < grid) & (w < grid), h.clamp(max=grid), w.clamp(max=grid)
+        top, left = (u[2] * (grid - h + 1)).floor(), (u[3] * (grid - w + 1)).floor()
+        above, below = (hidden.gather(1, at + w.long()) - hidden.gather(1, at) for at in (
+            ((grid + 1) * y + left).long() for y in (top, top + h)))    # hidden[y, x]: above and left of it
+        added = h * w - (below - above)
+        found, first = (small & (added > 0) & (added <= room)).max(1, keepdim=True)         # (b, 1)
+        top, left, h, w, added = (v.gather(1, first) for v in (top, left, h * found, w, added * found))
+        mask[rows] |= (((place >= top) & (place < top + h))[:, :, None]
+                       & ((place >= left) & (place < left + w))[:, None])
+        failures[rows] = torch.where(found[:, 0], 0, failures[rows] + tries)
+        rows = rows[(failures[rows] < patience) & (added < room)[:, 0]]
+    mask = to_device(mask.flatten(1), device)
     if rule != "end":  # hidden ones first, then the others in random order
         first = (mask + torch.rand(B, grid * grid, device=device)).argsort(1, descending=True)[:, :num_masked]
         mask = mask.scatter(1, first, True)
@@ -856,9 +863,9 @@ def draw_masks(args, B, rule):
 def make_views(crops, views, mean, std):
     """Finish the crops of a batch: flip, colours, RandAugment, normalisation, erasing.
 
-    crops: one (B, 3, s, s) float tensor in [0, 1] for every view -> list of the model's inputs,
-    in that order, where a view with tokenizer_size gives two."""
-    mean, std = (torch.tensor(v, device=crops[0].device)[:, None, None] for v in (mean, std))
+    crops: one (count B, 3, s, s) float tensor in [0, 1] for every view -> list of the model's inputs
+    (B, 3, s, s), in that order, where a view with tokenizer_size gives two."""
+    mean, std = (constant(tuple(v), crops[0].device) for v in (mean, std))
     out = []
     for imgs, view in zip(crops, views):
         if view.flip:
@@ -869,26 +876,25 @@ def make_views(crops, views, mean, std):
             imgs = color_jitter(imgs, view.jitter, view.jitter_prob)
         if view.gray:
             imgs = sometimes(imgs, view.gray, luma(imgs))
-        if view.blur:
-            choice = (torch.rand(len(imgs)) >= view.blur).long()
-            sigma = uniform(0.1, 2.0, len(imgs))
-            imgs = where_chosen(imgs, choice, [lambda x, i: gaussian_blur(x, sigma[i])])
-        if view.solarize:
+        if np.any(view.blur):
+            imgs = sometimes(imgs, view.blur, lambda x, i: gaussian_blur(x, uniform(0.1, 2.0, len(i))))
+        if np.any(view.solarize):
             imgs = sometimes(imgs, view.solarize, solarize(imgs))
         inputs = [(imgs - mean) / std]
         if view.erase:
             inputs[0] = random_erasing(inputs[0], view.erase)
         if view.tokenizer_size:
             inputs.append(resize(imgs, view.tokenizer_size))
-        out += inputs
+        out += [part for whole in inputs for part in whole.chunk(view.count)]
     return out
 
 
 def crop_in_memory(imgs, views):
-    """Crops of a batch of uint8 images: one (B, 3, s, s) float tensor in [0, 1] for every view."""
+    """Crops of a batch of uint8 images: one (count B, 3, s, s) float tensor in [0, 1] for every view."""
     imgs = imgs.float() / 255
-    return [crop_and_resize(imgs, random_boxes(*imgs[:, 0].shape, view.scale, view.ratio), view.size)
-            if view.scale else resize(imgs, view.size) for view in views]
+    many = ((imgs.expand(view.count, *imgs.shape).flatten(0, 1), view) for view in views)   # crop after crop
+    return [crop_and_resize(x, random_boxes(*x[:, 0].shape, view.scale, view.ratio), view.size)
+            if view.scale else resize(x, view.size) for x, view in many]
 
 
 def crop_file(path, views):
@@ -925,7 +931,7 @@ class FileCrops(torch.utils.data.Dataset):
     A random image, another in every epoch, takes the place of an unreadable one; label -1: none does."""
 
     def __init__(self, source, views):
-        self.source, self.views = source, views
+        self.source, self.views = source, [view for view in views for _ in range(view.count)]
 
     def __getitem__(self, key):
         index, seed = key
@@ -951,8 +957,7 @@ class Loader:
     Evaluation: all images once and in order, every `world_size()`-th on this rank."""
 
     def __init__(self, args, source, views, train=True):
-        self.args, self.source, self.train = args, source, train
-        self.views = [view for view in views for _ in range(view.count)]
+        self.args, self.source, self.train, self.views = args, source, train, [v for v in views if v.count]
         self.epoch_steps = len(source) // args.batch_size
         if train and not self.epoch_steps:
             stop(f"--batch_size {args.batch_size} is larger than the {len(source)} training images: "
@@ -993,7 +998,7 @@ class Loader:
         device, stats = self.args.device, (self.source.mean, self.source.std)
         if not self.source.streamed:
             for index, _ in order:
-                index = index.to(device, non_blocking=True)
+                index = to_device(index, device)
                 crops = crop_in_memory(self.source.imgs[index], self.views)
                 yield make_views(crops, self.views, *stats), self.source.labels[index]
             return
@@ -1004,8 +1009,9 @@ class Loader:
             generator=torch.Generator())                        # its own: a step's is not touched
         for crops, labels, index, wrong in workers:
             self.note_broken({self.source.imgs[i]: text for i, text in zip(index, wrong) if text}, labels)
-            crops = [crop.to(device, non_blocking=True).float() / 255 for crop in crops]
-            yield make_views(crops, self.views, *stats), labels.to(device, non_blocking=True)
+            crops = iter([to_device(crop, device) for crop in crops])
+            crops = [torch.cat([*itertools.islice(crops, view.count)]).float() / 255 for view in self.views]
+            yield make_views(crops, self.views, *stats), to_device(labels, device)
 
     def note_broken(self, broken, labels):
         """Name {path: what is wrong}, once. Raises: exits if nothing may or can take the place of one."""

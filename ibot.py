@@ -80,14 +80,12 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the published
 def draw_masks(args, n):
     """-> mask (n, N) bool, True = hidden: each crop draws one of --pred_ratio, then a share around it"""
     which = torch.randint(len(args.pred_ratio), (n,))
-    share = (torch.tensor(args.pred_ratio)[which]
-             + torch.tensor(args.pred_ratio_var)[which] * (2 * torch.rand(n) - 1))
-    budget = (share * args.grid ** 2).to(args.device)           # not rounded: blocks stop below it
+    ratio, var = torch.tensor([args.pred_ratio, args.pred_ratio_var])[:, which]
+    budget = (ratio + var * (2 * torch.rand(n) - 1)) * args.grid ** 2   # not rounded: blocks stop below it
     if args.pred_shape == "block":
-        return data.blockwise_mask(n, args.grid, budget, (args.grid // 3) ** 2,
-                                   device=args.device)
+        return data.blockwise_mask(n, args.grid, budget, (args.grid // 3) ** 2, device=args.device)
     order = torch.rand(n, args.grid ** 2, device=args.device).argsort(1).argsort(1)
-    return order < budget.floor()[:, None]
+    return order < data.to_device(budget.floor()[:, None], args.device)
 
 
 def most_hidden(args, n):
@@ -247,8 +245,8 @@ def temperature(epoch, start, end, warmup, first=0):
 def clip_each(parameters, max_norm):
     """Scale each gradient of norm above max_norm down to it, every tensor by itself, as DINO does."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    scales = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
-    torch._foreach_mul_(gradients, scales)
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, list((max_norm / (norms + 1e-6)).clamp(max=1.0)))
 
 
 def collapse(logs, args):
@@ -315,11 +313,9 @@ def main():
     device = data.setup(args)
     train_set, val_set = data.load_sets(args)
     color = dict(flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, gray=0.2)
-    blurs = (1.0, 0.1, 0.5) if args.blur else (0.0, 0.0, 0.0)   # the probabilities of DINO
-    wide, near = (args.global_scale, 1.0), (0.05, args.local_scale)
-    views = [data.View(args.img_size, scale=wide, blur=blurs[0], **color),
-             data.View(args.img_size, scale=wide, blur=blurs[1], solarize=0.2, **color),
-             data.View(args.local_size, args.local_crops, scale=near, blur=blurs[2], **color)]
+    wide, near, on = (args.global_scale, 1.0), (0.05, args.local_scale), float(args.blur)
+    views = [data.View(args.img_size, 2, scale=wide, blur=(on, 0.1 * on), solarize=(0.0, 0.2), **color),
+             data.View(args.local_size, args.local_crops, scale=near, blur=0.5 * on, **color)]  # as in DINO
     loader = data.Loader(args, train_set, views)
 
     def network(drop_path):

@@ -110,7 +110,7 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward_encoder(self, imgs, noise=None):
-        """(B, 3, H, W) -> latent (B, 1 + V, D), mask (B, N), ids_restore (B, N). noise (B, N): for tests."""
+        """(B, 3, H, W) -> latent (B, 1 + V, D), mask and ids_restore (B, N). noise: `sampling_noise`"""
         encoder, N = self.encoder, self.grid ** 2
         num_keep = int(N * (1 - self.mask_ratio))
         if noise is None:
@@ -185,7 +185,7 @@ def main():
     if args.sampling == "grid" and (args.mask_ratio != 0.75 or args.grid % 2):
         data.stop(f"--sampling grid hides three of every 2 x 2 patches: it needs --mask_ratio 0.75 and "
                   f"an even grid, not {args.mask_ratio} and {args.grid} x {args.grid}")
-    if not 1 <= int(args.grid ** 2 * (1 - args.mask_ratio)) < args.grid ** 2:
+    if not 1 <= (num_keep := int(args.grid ** 2 * (1 - args.mask_ratio))) < args.grid ** 2:
         data.stop(f"--mask_ratio {args.mask_ratio} hides all or none of the {args.grid ** 2} patches: "
                   f"use a value like 0.75")
     if args.decoder_dim % args.decoder_heads or args.decoder_dim % 4:
@@ -224,8 +224,8 @@ def main():
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # set in every step
         for (imgs,), _ in parts:                                # the labels are never used
-            with data.autocast(args):
-                loss, _, _ = net(imgs)
+            with data.autocast(args):                           # the noise: not in what is compiled
+                loss, _, _ = net(imgs, sampling_noise(args.sampling, len(imgs), args.grid, num_keep, device))
             scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
             log.note(loss=loss)
         if args.clip_grad:

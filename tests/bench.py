@@ -292,8 +292,7 @@ INPUT = {  # what the methods ask for at 32 px
     "fine-tuning: crop, flip, RandAugment, erasing": [
         data.View(32, scale=(0.3, 1.0), flip=0.5, rand_augment=9.0, erase=0.25)],
     "iBOT: 2 global and 4 local crops, jitter, blur": [
-        data.View(32, 1, (0.25, 1.0), flip=0.5, blur=1.0, **JITTER),
-        data.View(32, 1, (0.25, 1.0), flip=0.5, blur=0.1, solarize=0.2, **JITTER),
+        data.View(32, 2, (0.25, 1.0), flip=0.5, blur=(1.0, 0.1), solarize=(0.0, 0.2), **JITTER),
         data.View(16, 4, (0.05, 0.25), flip=0.5, blur=0.5, **JITTER)],
 }
 

@@ -508,14 +508,28 @@ def test_erasing_is_kept_from_the_tokenizer():
 def test_several_crops_show_the_same_image():
     """Two large and three small crops of each image come in order, all of that image and all different."""
     torch.manual_seed(0)
-    views = [data.View(16, scale=(0.3, 1.0))] * 2 + [data.View(8, scale=(0.05, 0.3))] * 3
-    crops = data.crop_in_memory(torch.arange(20)[:, None, None, None].expand(20, 3, 32, 32).byte(), views)
-    assert [tuple(c.shape) for c in crops] == [(20, 3, 16, 16)] * 2 + [(20, 3, 8, 8)] * 3
-    for crop in crops:
+    views = [data.View(16, 2, scale=(0.3, 1.0)), data.View(8, 3, scale=(0.05, 0.3))]
+
+    def crops_of(imgs):
+        made = data.make_views(data.crop_in_memory(imgs, views), views, (0.0,) * 3, (1.0,) * 3)
+        assert [tuple(c.shape) for c in made] == [(20, 3, 16, 16)] * 2 + [(20, 3, 8, 8)] * 3
+        return made
+    for crop in crops_of(torch.arange(20)[:, None, None, None].expand(20, 3, 32, 32).byte()):
         wanted = torch.arange(20.0)[:, None, None, None].expand_as(crop)
         torch.testing.assert_close(crop * 255, wanted, atol=1e-3, rtol=0)
-    crops = data.crop_in_memory((noise_images(20, 32, 32) * 255).byte(), views)
-    assert not torch.equal(crops[0], crops[1]) and not torch.equal(crops[2], crops[3])
+    crops = crops_of((noise_images(20, 32, 32) * 255).byte())
+    for a, b in ((0, 1), (2, 3), (3, 4)):                       # no image has the same box twice
+        assert (crops[a] != crops[b]).flatten(1).any(1).all()
+
+
+def test_crops_of_one_view_have_probabilities_of_their_own():
+    """A tuple of probabilities: each crop changes with its own, the crops of an image independently."""
+    torch.manual_seed(0)
+    whole = noise_images(2000, 8, 8).repeat(2, 1, 1, 1)
+    for change, shares in ((dict(solarize=(0.0, 0.2)), (0.0, 0.2)), (dict(blur=(1.0, 0.1)), (1.0, 0.1))):
+        crops = data.make_views([whole], [data.View(8, 2, **change)], (0.0,) * 3, (1.0,) * 3)
+        for crop, share in zip(crops, shares):
+            assert abs((crop != whole[:2000]).flatten(1).any(1).float().mean() - share) < 0.03
 
 
 def test_a_plain_view_shows_the_whole_image():
@@ -642,9 +656,9 @@ def test_blockwise_mask_ends_where_no_block_fits(grid, num, low):
 
 
 def test_blockwise_mask_goes_on_in_more_than_one_round():
-    """The rule "on" does not depend on the tries of a round: with two at a time masks are as with 64."""
+    """The rule "on" does not depend on the tries of a round: with two at a time masks are as with ten."""
     torch.manual_seed(0)
-    few, many = (data.blockwise_mask(2000, 14, 75, rule="on", tries=n).view(-1, 14, 14) for n in (2, 64))
+    few, many = (data.blockwise_mask(2000, 14, 75, rule="on", tries=n).view(-1, 14, 14) for n in (2, 10))
     assert (few.sum((1, 2)) == 75).all() and isolated(few) == pytest.approx(isolated(many), abs=0.001)
     assert abs(neighbours(few) / neighbours(many) - 1) < 0.01
 
@@ -666,8 +680,8 @@ def test_blockwise_mask_takes_a_ratio_for_each_image(grid):
 
 
 def test_blockwise_mask_makes_thousands_of_masks_in_one_call():
-    """4096 different masks of 14 x 14 come from one call, by as many calls of torch as two masks take:
-    nothing is done image by image."""
+    """4096 masks of 14 x 14, hardly two alike, come from one call, by at most three times the calls of torch
+    that two masks take (the longest sequence of blocks counts): nothing is done image by image."""
     torch.manual_seed(0)
     calls = {}
     for B in (2, 4096):
@@ -676,8 +690,8 @@ def test_blockwise_mask_makes_thousands_of_masks_in_one_call():
         mask = data.blockwise_mask(B, 14, 75, rule="fill")
         sys.setprofile(None)
         calls[B] = events.count("c_call")
-    assert mask.shape == (4096, 196) and mask.dtype == torch.bool and len(mask.unique(dim=0)) == 4096
-    assert calls[2] == calls[4096] > 64
+    assert mask.shape == (4096, 196) and mask.dtype == torch.bool and len(mask.unique(dim=0)) > 4080
+    assert 64 < calls[2] < calls[4096] < 3 * calls[2]
 
 
 @pytest.mark.parametrize("rule", ["end", "fill", "on"])

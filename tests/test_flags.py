@@ -58,11 +58,9 @@ VIEWS = {
     "vqkd": [data.View(12, **CROP)], "vqkd 2": [data.View(12, **CROP)],
     "beit_v2": [data.View(12, **CROP, **JITTER, tokenizer_size=18)],
     "beit_v2 2": [data.View(12, **CROP, tokenizer_size=18)],
-    "ibot": [data.View(12, scale=(0.35, 1.0), **IBOT, blur=1.0),
-             data.View(12, scale=(0.35, 1.0), **IBOT, blur=0.1, solarize=0.2),
+    "ibot": [data.View(12, 2, scale=(0.35, 1.0), **IBOT, blur=(1.0, 0.1), solarize=(0.0, 0.2)),
              data.View(6, 3, scale=(0.05, 0.45), **IBOT, blur=0.5)],
-    "ibot 2": [data.View(12, scale=(0.35, 1.0), **IBOT),
-               data.View(12, scale=(0.35, 1.0), **IBOT, solarize=0.2),
+    "ibot 2": [data.View(12, 2, scale=(0.35, 1.0), **IBOT, blur=(0.0, 0.0), solarize=(0.0, 0.2)),
                data.View(12, 1, scale=(0.05, 0.45), **IBOT)],
     "train": [data.View(12, **CROP, rand_augment=5.0, erase=0.15)], "train 2": [data.View(12, **CROP)],
     "finetune": [data.View(12, **CROP, rand_augment=5.0, erase=0.15)],
@@ -425,7 +423,7 @@ def beit_v2_of(seen):
 
 
 def ibot_of(seen):
-    model, (wide, _, near), head = seen.model, seen.views, seen.model.student.head
+    model, (wide, near), head = seen.model, seen.views, seen.model.student.head
     networks = [encoder_of(part) for part in (model.student, model.teacher)]
     assert not any(block.drop_path for block in networks[1].blocks), "the teacher drops nothing"
     assert [len(model.centre[0]), len(model.patch_centre[0])] == [
@@ -434,7 +432,7 @@ def ibot_of(seen):
             "shared_head": head.last_layer is head.last_layer2, "head_hidden": head.mlp[0].out_features,
             "head_bottleneck": head.mlp[-1].out_features, "lambda1": model.lambda1, "lambda2": model.lambda2,
             "norm_last_layer": not head.last_layer.weight_g.requires_grad,
-            "drop_path": drop_path_of(networks[0].blocks), "blur": wide.blur > 0,
+            "drop_path": drop_path_of(networks[0].blocks), "blur": near.blur > 0,
             "global_scale": wide.scale[0], "local_scale": near.scale[1], "local_crops": near.count,
             "local_size": near.size, "pred_shape": "block" if seen.masks else "rand"}
 
