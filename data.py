@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import random
 import re
 import shutil
 import signal
@@ -535,7 +536,6 @@ def uniform(low, high, *shape):
     return low + (high - low) * torch.rand(shape)
 
 
-# ---- crops ----
 def to_device(tensor, device):
     """Send a tensor of the CPU; to a GPU from pinned memory, as only such copies are not waited for."""
     return (tensor.pin_memory() if "cuda" in str(device) else tensor).to(device, non_blocking=True)
@@ -547,6 +547,7 @@ def constant(values, device):
     return torch.tensor(values, device=device)[..., None, None]
 
 
+# ---- crops ----
 
 def random_sizes(B, H, W, scale, ratio, fits):
     """Sizes of random boxes: area share uniform in `scale`, width / height log-uniform in `ratio`, ten tries.
@@ -565,11 +566,20 @@ def random_boxes(B, H, W, scale, ratio):
 
     -> (B, 4) long: top, left, height, width"""
     h, w, found = random_sizes(B, H, W, scale, ratio, lambda h, w: (w > 0) & (w <= W) & (h > 0) & (h <= H))
-    w = torch.where(found, w, min(W, round(H * ratio[1])))
-    h = torch.where(found, h, min(H, round(W / ratio[0])))
     top, left = (torch.rand(2, B) * torch.stack([H - h + 1, W - w + 1])).long()
-    top, left = torch.where(found, top, (H - h) // 2), torch.where(found, left, (W - w) // 2)
-    return torch.stack([top, left, h, w], 1)
+    central = torch.tensor(random_box(H, W, scale, ratio, random, tries=0))
+    return torch.where(found[:, None], torch.stack([top, left, h, w], 1), central)
+
+
+def random_box(H, W, scale, ratio, rng, tries=10):
+    """One of these boxes, drawn by a random.Random: for a single image torch takes fifty times as long."""
+    for _ in range(tries):
+        area, aspect = H * W * rng.uniform(*scale), math.exp(rng.uniform(*map(math.log, ratio)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= W and 0 < h <= H:
+            return rng.randint(0, H - h), rng.randint(0, W - w), h, w
+    w, h = min(W, round(H * ratio[1])), min(H, round(W / ratio[0]))
+    return (H - h) // 2, (W - w) // 2, h, w
 
 
 def resize_weights(start, length, n_in, n_out):
@@ -897,16 +907,16 @@ def crop_in_memory(imgs, views):
             if view.scale else resize(x, view.size) for x, view in many]
 
 
-def crop_file(path, views):
+def crop_file(path, views, rng=random):
     """The crops of one image file, (3, s, s) uint8. A JPEG is decoded no larger than they need (`draft`)."""
     boxes, crops, turn = [], [], 1
-    with Image.open(path, formats=FORMATS) as img:
+    with Image.open(path, formats=["JPEG", *FORMATS]) as img:   # they are tried in this order
         with contextlib.suppress(Exception):                    # of damaged EXIF data
             turn = -1 if img.format != "TIFF" and img.getexif().get(274) in (5, 6, 7, 8) else 1
         W, H = img.size[::turn]                                 # after turning, as a TIFF's are already
         for view in views:
             side = max(1, min(H, W) * (0.875 if view.size <= 224 else 1.0))  # 224 of 256, as all do
-            boxes.append(random_boxes(1, H, W, view.scale, view.ratio)[0].tolist() if view.scale else
+            boxes.append(random_box(H, W, view.scale, view.ratio, rng) if view.scale else
                          ((H - side) / 2, (W - side) / 2, side, side))
         shrink = min(min(h, w) / view.size for (_, _, h, w), view in zip(boxes, views))
         drafted = img.draft(None, (int(W / shrink), int(H / shrink))[::turn]) if shrink >= 2 else None
@@ -926,7 +936,7 @@ def crop_file(path, views):
 
 
 class FileCrops(torch.utils.data.Dataset):
-    """What workers of a streamed set do: (index, seed) -> crops, label, index and what is wrong with it or ""
+    """Done by the workers: (index, epoch, seed) -> crops, label, index and what is wrong with it or ""
 
     A random image, another in every epoch, takes the place of an unreadable one; label -1: none does."""
 
@@ -934,15 +944,13 @@ class FileCrops(torch.utils.data.Dataset):
         self.source, self.views = source, [view for view in views for _ in range(view.count)]
 
     def __getitem__(self, key):
-        index, seed = key
+        (index, *_), rng = key, random.Random(str(key))         # the crop depends on these numbers alone
         other, wrong = index, ""
-        with torch.random.fork_rng(devices=[]):  # without workers, a step draws on after this
-            torch.manual_seed(seed)  # the crop depends on the image and the epoch alone
-            for _ in range(100):
-                crops = tried(lambda path: crop_file(path, self.views), self.source.imgs[other])
-                if not isinstance(crops, str):
-                    return crops, self.source.labels[other], index, wrong
-                other, wrong = int(torch.randint(len(self.source), ())), wrong or crops
+        for _ in range(100):
+            crops = tried(lambda path: crop_file(path, self.views, rng), self.source.imgs[other])
+            if not isinstance(crops, str):
+                return crops, self.source.labels[other], index, wrong
+            other, wrong = rng.randrange(len(self.source)), wrong or crops
         crops = [torch.zeros(3, view.size, view.size, dtype=torch.uint8) for view in self.views]
         return crops, torch.tensor(-1), index, wrong
 
@@ -1002,7 +1010,7 @@ class Loader:
                 crops = crop_in_memory(self.source.imgs[index], self.views)
                 yield make_views(crops, self.views, *stats), self.source.labels[index]
             return
-        keys = ([(i, seed_of(self.args.seed, epoch, i)) for i in index.tolist()] for index, epoch in order)
+        keys = ([(i, epoch, self.args.seed) for i in index.tolist()] for index, epoch in order)
         workers = torch.utils.data.DataLoader(
             FileCrops(self.source, self.views), batch_sampler=keys, num_workers=self.args.num_workers,
             pin_memory="cuda" in device, worker_init_fn=ignore_signals,

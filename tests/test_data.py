@@ -112,11 +112,14 @@ def reference_box(H, W, scale, ratio, rng):
 
 
 @pytest.mark.parametrize("H, W, scale", [(60, 80, (0.2, 1.0)), (32, 32, (0.08, 1.0)), (48, 32, (0.8, 1.0))])
-def test_random_boxes_have_the_asked_shares_and_shapes(H, W, scale):
-    """Every box lies inside and keeps its area and aspect range up to rounding; all four numbers are
-    distributed as those of the sequential algorithm."""
+@pytest.mark.parametrize("single", [False, True])
+def test_random_boxes_have_the_asked_shares_and_shapes(H, W, scale, single):
+    """Every box, of a batch or of a single image, lies inside and keeps its area and aspect range up to
+    rounding; all four numbers are distributed as those of the sequential algorithm."""
     torch.manual_seed(0)
-    boxes = data.random_boxes(4000, H, W, scale, (3 / 4, 4 / 3))
+    rng, ratio = random.Random(1), (3 / 4, 4 / 3)
+    boxes = data.random_boxes(4000, H, W, scale, ratio) if not single else torch.tensor(
+        [data.random_box(H, W, scale, ratio, rng) for _ in range(4000)])
     top, left, h, w = boxes.T
     assert (boxes >= 0).all() and (h > 0).all() and (w > 0).all()
     assert (top + h <= H).all() and (left + w <= W).all()
@@ -135,6 +138,7 @@ def test_random_boxes_have_the_asked_shares_and_shapes(H, W, scale):
 def test_random_boxes_fall_back_to_the_largest_central_box(H, W, box):
     """Where no try can fit, every image gets the largest central box of an allowed aspect."""
     assert (data.random_boxes(50, H, W, (1.2, 1.5), (3 / 4, 4 / 3)) == torch.tensor(box)).all()
+    assert data.random_box(H, W, (1.2, 1.5), (3 / 4, 4 / 3), random.Random(0)) == tuple(box)
 
 
 @pytest.mark.parametrize("size", [5, 24, 40])
@@ -1213,12 +1217,11 @@ def test_crop_file_is_pillows_crop_and_resize(tmp_path):
     two levels of 255."""
     write_image(tmp_path / "a.png", 1, (50, 40))
     view = data.View(24, scale=(0.3, 1.0))
-    torch.manual_seed(0)
-    crops = data.crop_file(tmp_path / "a.png", [view, view])
-    torch.manual_seed(0)
+    crops = data.crop_file(tmp_path / "a.png", [view, view], random.Random(0))
     assert len(crops) == 2
+    rng = random.Random(0)
     for crop in crops:
-        top, left, h, w = data.random_boxes(1, 40, 50, view.scale, view.ratio)[0].tolist()
+        top, left, h, w = data.random_box(40, 50, view.scale, view.ratio, rng)
         with Image.open(tmp_path / "a.png") as img:
             wanted = img.resize((24, 24), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
         difference = (crop.int() - torch.from_numpy(np.array(wanted)).permute(2, 0, 1).int()).abs()
@@ -1247,12 +1250,10 @@ def test_draft_is_close_to_the_full_decode(W, H, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(JpegImageFile, "draft", noting)
-    torch.manual_seed(0)
-    small = data.crop_file(tmp_path / "a.jpg", views)
+    small = data.crop_file(tmp_path / "a.jpg", views, random.Random(0))
     assert len(decoded) == 1 and decoded[0][0] <= W / 2 + 1 and min(decoded[0]) * 0.875 >= 80
     monkeypatch.setattr(JpegImageFile, "draft", lambda self, mode, size: None)
-    torch.manual_seed(0)
-    for crop, full in zip(small, data.crop_file(tmp_path / "a.jpg", views)):
+    for crop, full in zip(small, data.crop_file(tmp_path / "a.jpg", views, random.Random(0))):
         apart = (crop.float() - full.float()).abs()
         assert apart.mean() < 0.8 and apart.max() < 6
 
