@@ -75,11 +75,7 @@ class BEiT(nn.Module):
 
     def hidden_states(self, imgs, mask):
         """(B, 3, H, W), mask (B, N) bool -> patch tokens of the whole masked image, (B, N, D)"""
-        encoder = self.encoder
-        x = encoder.patch_embed(imgs)                                                       # (B, N, D)
-        x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
-        x = encoder.forward_blocks(encoder.add_cls_and_pos(x))[-1]                          # (B, 1 + N, D)
-        return encoder.norm(x)[:, 1:]
+        return self.encoder.forward_features(imgs, mask, self.mask_token)[:, 1:]
 
     def forward(self, imgs, target, mask):
         """target: codes (B, N) long, or pixels (B, N, P). -> loss, share of codes that are predicted right.
@@ -102,8 +98,7 @@ class BEiT(nn.Module):
 
     def features(self, imgs):
         """(B, 3, H, W) -> (B, D): mean of the patch tokens, three quarters up the encoder"""
-        encoder = self.encoder
-        outputs = encoder.forward_blocks(encoder.add_cls_and_pos(encoder.patch_embed(imgs)))
+        outputs = self.encoder.forward_layers(imgs)
         return outputs[round(0.75 * len(outputs)) - 1][:, 1:].mean(1)
 
 

@@ -459,9 +459,7 @@ class BEiTv2(nn.Module):
     def hidden_states(self, imgs, mask):
         """(B, 3, H, W), mask (B, N) bool -> patch tokens of encoder and branch (or None), (B, N, D) each"""
         encoder = self.encoder
-        x = encoder.patch_embed(imgs)                                                       # (B, N, D)
-        x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
-        outputs = encoder.forward_blocks(encoder.add_cls_and_pos(x))
+        outputs = encoder.forward_layers(imgs, mask, self.mask_token)
         final = encoder.norm(outputs[-1])[:, 1:]
         if not len(self.cls_pt_layers):
             return final, None

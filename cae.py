@@ -121,11 +121,13 @@ class CAE(nn.Module):
         self.encoder_to_decoder_norm = None if D == C else nn.LayerNorm(D, eps=1e-6)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(row_first_pos_embed(D, grid)[:, 1:], requires_grad=False)  # (1, N, D)
-        self.regressor_blocks = nn.ModuleList(RegressorBlock(D, heads, rate, layer_scale) for rate
-                                              in np.linspace(0, drop_path, regressor_depth).tolist())
+        rates, decoder_rates = (np.linspace(0, drop_path, depth).tolist()
+                                for depth in (regressor_depth, decoder_depth))
+        self.regressor_blocks = nn.ModuleList(
+            RegressorBlock(D, heads, rate, layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(D, eps=1e-6)
-        self.decoder_blocks = nn.ModuleList(Block(D, heads, drop_path=rate, layer_scale=layer_scale) for rate
-                                            in np.linspace(0, drop_path, decoder_depth).tolist())
+        self.decoder_blocks = nn.Sequential(
+            *(Block(D, heads, drop_path=rate, layer_scale=layer_scale) for rate in decoder_rates))
         self.norm2 = nn.LayerNorm(D, eps=1e-6)
         self.head = nn.Linear(D, num_out)                       # K codes, or the P values of a patch
         self.apply(init_weights)
@@ -135,10 +137,7 @@ class CAE(nn.Module):
 
     def encode(self, encoder, imgs, ids):
         """Some patches of the images: (B, 3, H, W), ids (B, n) -> latents (B, n, D), no class token"""
-        patches, pos = patches_of(imgs, encoder.config["patch_size"]), encoder.pos_embed    # (B, N, P), ...
-        x = encoder.patch_embed.embed(take(patches, ids)) + pos[0, 1:][ids]                 # (B, n, C)
-        x = torch.cat([(encoder.cls_token + pos[:, :1]).expand(len(x), -1, -1), x], 1)
-        x = encoder.norm(encoder.forward_blocks(x)[-1])[:, 1:]
+        x = encoder.forward_visible(imgs, ids)[:, 1:]                                       # (B, n, C)
         if self.encoder_to_decoder is not None:
             x = self.encoder_to_decoder_norm(self.encoder_to_decoder(x))                    # (B, n, D)
         return x
@@ -153,9 +152,7 @@ class CAE(nn.Module):
 
     def decode(self, latent, ids):
         """Latents of some patches (B, n, D), whose indices are ids (B, n) -> logits (B, n, K) or pixels"""
-        x = latent + self.pos_embed[0][ids]
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = self.decoder_blocks(latent + self.pos_embed[0][ids])
         return self.head(self.norm2(x)).float()
 
     def prediction_loss(self, pred, target):

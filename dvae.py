@@ -155,8 +155,7 @@ class Encoder(nn.Module):
             ("output", nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv(widths[-1], vocab, 1))))]))
 
     def forward(self, x):
-        for layer in self.blocks[:-1]:
-            x = layer(x)
+        x = self.blocks[:-1](x)
         with torch.autocast(x.device.type, enabled=False):
             return self.blocks.output(x.float())
 
@@ -185,9 +184,7 @@ class Decoder(nn.Module):
         return self.paint(x)
 
     def paint(self, x):
-        for layer in self.blocks[1:]:
-            x = layer(x)
-        return x.float()
+        return self.blocks[1:](x).float()
 
 
 class DVAE(nn.Module):

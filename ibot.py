@@ -142,14 +142,6 @@ class Network(nn.Module):
         self.encoder, self.head = encoder, head
         encoder.config["pos_offset"] = 0.1                      # as DINO interpolates positions for crops
 
-    def tokens(self, imgs, mask=None, masked_embed=None):
-        """(n, 3, H, W), mask (n, N) bool or None -> tokens after the last norm, (n, 1 + N, D)"""
-        encoder = self.encoder
-        x = encoder.patch_embed(imgs)                                                           # (n, N, D)
-        if mask is not None:  # before the positions are added
-            x = torch.where(mask[:, :, None], masked_embed.to(x.dtype), x)
-        return encoder.norm(encoder.forward_blocks(encoder.add_cls_and_pos(x))[-1])
-
 
 # ---- the losses ----
 
@@ -196,7 +188,7 @@ class IBOT(nn.Module):
         weight = (mask / (count * len(mask))).flatten()[ids]                                # (M,)
 
         with torch.no_grad():
-            x = self.teacher.tokens(imgs)
+            x = self.teacher.encoder.forward_features(imgs)                                 # (G B, 1 + N, D)
             with torch.autocast(x.device.type, enabled=False):
                 z = self.teacher.head.unit(x.float())                                       # (G B, 1 + N, E)
                 t_cls = self.teacher.head.last_layer(z[:, 0])                               # (G B, K)
@@ -206,10 +198,11 @@ class IBOT(nn.Module):
                 q = sharpen(t_cls, self.centre, temp).unflatten(0, (G, B))                  # (G, B, K)
                 q_patch = sharpen(t_patch, self.patch_centre, patch_temp)                   # (M, K')
 
-        x = self.student.tokens(imgs, mask, self.masked_embed)                              # (G B, 1 + N, D)
+        encoder = self.student.encoder
+        x = encoder.forward_features(imgs, mask, self.masked_embed)                         # (G B, 1 + N, D)
         rows = [x[:, 0], x[:, 1:].flatten(0, 1)[ids]]
         if local_crops:
-            rows.append(self.student.tokens(torch.cat(local_crops))[:, 0])                  # (L B, D)
+            rows.append(encoder.features(torch.cat(local_crops)))                           # (L B, D)
         with torch.autocast(x.device.type, enabled=False):
             z = self.student.head.unit(torch.cat(rows).float())  # all rows at once
             z_cls, z_patch, *z_local = z.split([len(row) for row in rows])
@@ -279,7 +272,7 @@ def pictures(model, imgs, source, path):
     rows = {"image": data.to_pixels(shown, source)}
     rows |= {f"head {h + 1}": attention[:, h] for h in range(attention.shape[1])}
     data.save_rows(path, rows, "attention of the teacher's class token, last block")
-    logits = torch.cat([model.teacher.head(model.teacher.tokens(part))[1] for part in imgs.split(100)])
+    logits = torch.cat([model.teacher.head(encoder.forward_features(part))[1] for part in imgs.split(100)])
     model.train()
     around = data.patches_around(data.to_pixels(imgs, source), encoder.config["patch_size"])
     sure, prototype = (t.flatten().cpu() for t in logits.softmax(-1).max(-1))               # (n N,) each

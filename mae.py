@@ -102,7 +102,8 @@ class MAE(nn.Module):
         self.decoder_embed = nn.Linear(D, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D if encoder_sees_mask else decoder_dim))
         self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(decoder_dim, self.grid), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        self.decoder_blocks = nn.Sequential(
+            *(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, 3 * p * p)
         self.apply(init_weights)
@@ -135,9 +136,7 @@ class MAE(nn.Module):
             mask_tokens = self.mask_token.to(x.dtype).expand(len(x), num_hidden, -1)
             patches = take(torch.cat([x[:, 1:], mask_tokens], 1), ids_restore)  # (B, N, E) in raster order
             x = torch.cat([x[:, :1], patches], 1)                                           # (B, 1 + N, E)
-        x = x + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = self.decoder_blocks(x + self.decoder_pos_embed)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]                               # (B, N, P)
 
     def forward_loss(self, imgs, pred, mask):

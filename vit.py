@@ -114,9 +114,23 @@ class ViT(nn.Module):
             outputs.append(x)
         return outputs
 
-    def forward_features(self, imgs):
+    def forward_layers(self, imgs, mask=None, mask_token=None):
+        """(B, 3, H, W) -> the output of every block, with the mask token for the patches of a mask (B, N)"""
+        x = self.patch_embed(imgs)                                                          # (B, N, D)
+        if mask is not None:  # before the positions are added
+            x = torch.where(mask[:, :, None], mask_token.to(x.dtype), x)
+        return self.forward_blocks(self.add_cls_and_pos(x))
+
+    def forward_features(self, imgs, mask=None, mask_token=None):
         """(B, 3, H, W) -> tokens of the last block, after `norm` if there is one: (B, 1 + N, D)."""
-        return self.norm(self.forward_blocks(self.add_cls_and_pos(self.patch_embed(imgs)))[-1])
+        return self.norm(self.forward_layers(imgs, mask, mask_token)[-1])
+
+    def forward_visible(self, imgs, ids):
+        """Of some patches only, ids (B, V), picked before they are embedded: -> tokens (B, 1 + V, D)"""
+        patches, pos = patches_of(imgs, self.patch_embed.patch_size), self.pos_embed        # (B, N, P), ...
+        x = self.patch_embed.embed(take(patches, ids)) + pos[0, 1:][ids]                    # (B, V, D)
+        x = torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1), x], 1)
+        return self.norm(self.forward_blocks(x)[-1])
 
     def features(self, imgs):
         """What the classifier reads, (B, D): the class token, or `fc_norm` of the mean of the patches."""
@@ -205,7 +219,7 @@ class PatchEmbed(nn.Module):
     """Images (B, 3, H, W) -> patch embeddings (B, N, D) in raster order.
 
     `proj` is a convolution whose stride is its kernel, computed as what it is: a linear layer on flattened
-    patches. MAE calls `embed` with the visible patches only."""
+    patches: `embed` works on any of them."""
 
     def __init__(self, patch_size, embed_dim, stem="patch"):
         super().__init__()
@@ -609,11 +623,9 @@ class Probes(nn.ModuleDict):
 def probed_layers(args, encoder, imgs):
     """What the probes read, float32: the encoder's output; with --layers all the blocks' before it."""
     with torch.no_grad(), data.autocast(args):
-        outputs = encoder.forward_blocks(encoder.add_cls_and_pos(encoder.patch_embed(imgs)))
-        layers = [encoder.norm(outputs[-1])]
-    if getattr(args, "layers", "last") == "all":
-        layers = outputs + layers
-    return [tokens.float() for tokens in layers]
+        outputs = encoder.forward_layers(imgs)
+        final = encoder.norm(outputs[-1])
+    return [tokens.float() for tokens in [*outputs * (args.layers == "all"), final]]
 
 
 def make_probes(args, encoder, num_classes):
