@@ -39,6 +39,7 @@ the test images choose nothing.
     torchrun --nproc_per_node=8 vit.py --mode finetune --data imagenet --init out/mae-imagenet/encoder.pt
 """
 import copy
+import itertools
 import json
 import math
 import re
@@ -561,45 +562,25 @@ def evaluate(args, model, val_set):
 
 # ---- linear and attentive ----
 
-class LinearProbe(nn.Module):
-    """BatchNorm without affine parameters, then a linear layer, on class token or mean of the patches."""
-
-    def __init__(self, embed_dim, num_classes, feature, layer=-1):
-        super().__init__()
-        self.feature, self.layer = feature, layer
-        self.norm = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6)
-        self.head = nn.Linear(embed_dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, tokens):
-        """(B, 1 + N, D) -> (B, K)"""
-        return self.head(self.norm(tokens[:, 0] if self.feature == "cls" else tokens[:, 1:].mean(1)))
-
-
-class AttentiveProbe(nn.Module):
-    """A learned query reads all tokens by cross-attention, then BatchNorm and linear (CAE, arXiv:2202.03026).
+class AttentivePool(nn.Module):
+    """A learned query reads all tokens by cross-attention (CAE, arXiv:2202.03026).
 
     out = Attn(q = LN(query), k = LN(x), v = LN(x)), each with its own LayerNorm; no residual, MLP or k bias.
     """
 
-    def __init__(self, embed_dim, num_classes, num_heads):
+    def __init__(self, embed_dim, num_heads):
         super().__init__()
-        self.layer = -1
         self.query = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.norm_q, self.norm_k, self.norm_v = (nn.LayerNorm(embed_dim, eps=1e-6) for _ in range(3))
         self.cross_attn = CrossAttention(embed_dim, num_heads)
-        self.norm = nn.BatchNorm1d(embed_dim, affine=False)
-        self.head = nn.Linear(embed_dim, num_classes)
         self.apply(init_weights)
         nn.init.normal_(self.query, std=0.02)
-        nn.init.trunc_normal_(self.head.weight, std=0.01)
 
     def sources(self, tokens):
         """What queries, keys and values are made of: (B, n, D) -> (B, 1, D), (B, n, D), (B, n, D)"""
         return self.norm_q(self.query.expand(len(tokens), -1, -1)), self.norm_k(tokens), self.norm_v(tokens)
 
-    def pool(self, tokens):
+    def forward(self, tokens):
         """(B, n, D) -> (B, D)"""
         return self.cross_attn(*self.sources(tokens))[:, 0]
 
@@ -607,6 +588,22 @@ class AttentiveProbe(nn.Module):
         """Where the query looks: (B, n, D) -> (B, H, n), sums to 1"""
         q, k, _ = self.cross_attn.heads(*self.sources(tokens))
         return (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)[:, :, 0]
+
+
+POOLS = {"cls": lambda tokens: tokens[:, 0], "mean": lambda tokens: tokens[:, 1:].mean(1)}
+
+
+class Probe(nn.Module):
+    """BatchNorm without affine parameters, then a linear layer, on class token, mean, or attentive pool."""
+
+    def __init__(self, feature, embed_dim, num_classes, layer=-1, num_heads=1):
+        super().__init__()
+        self.layer = layer
+        self.pool = AttentivePool(embed_dim, num_heads) if feature == "attentive" else POOLS[feature]
+        self.norm = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens):
         """(B, 1 + N, D) -> (B, K)"""
@@ -632,20 +629,18 @@ def make_probes(args, encoder, num_classes):
     """-> Probes, optimiser with one learning rate a probe. Names: "<feature> <base learning rate>", where a
     feature is cls or mean of the encoder's output, cls-3 or mean-3 of that of the third block, or attentive.
     """
-    D, depth, heads, groups = encoder.config["embed_dim"], encoder.config["depth"], {}, []
-    if args.mode == "linear":
-        layer_of = {"": -1} | ({f"-{i + 1}": i for i in range(depth)} if args.layers == "all" else {})
-        makers = {feature + suffix: lambda f=feature, i=layer: LinearProbe(D, num_classes, f, i)
-                  for suffix, layer in layer_of.items() for feature in ("cls", "mean")}
-    else:
-        makers = {"attentive": lambda: AttentiveProbe(D, num_classes, encoder.config["num_heads"])}
-    for blr in dict.fromkeys(args.blrs):
-        for feature, make in makers.items():
-            head = heads[f"{feature} {blr:g}".replace(".", "_")] = make()     # no dots in module names
-            groups.append({"params": list(head.parameters()), "lr_scale": blr})
+    config, probes, groups = encoder.config, Probes(), []
+    layers, features = {"": -1}, POOLS if args.mode == "linear" else ("attentive",)
+    if args.mode == "linear" and args.layers == "all":
+        layers |= {f"-{i + 1}": i for i in range(config["depth"])}
+    for text, blr in {f"{blr:g}".replace(".", "_"): blr for blr in args.blrs}.items():  # no dots in names
+        for suffix, feature in itertools.product(layers, features):
+            one = Probe(feature, config["embed_dim"], num_classes, layers[suffix], config["num_heads"])
+            probes[f"{feature}{suffix} {text}"] = one
+            groups.append({"params": list(one.parameters()), "lr_scale": blr})
     if args.optimizer == "lars":
-        return Probes(heads), LARS(groups)
-    return Probes(heads), torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
+        return probes, LARS(groups)
+    return probes, torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
 
 
 def probe(args, train_set, val_set, encoder):
@@ -703,7 +698,7 @@ def judge_probes(args, encoder, model, val_set):
     for feature in dict.fromkeys(name.split()[0] for name in names):
         best = max((name for name in names if name.split()[0] == feature), key=right.get)
         result |= {feature: result["all"][best], f"{feature}_blr": float(best.split()[1])}
-    if getattr(args, "layers", "last") == "all":                # the training images choose
+    if args.layers == "all":                                    # the training images choose
         best = max(names, key=right.get)
         result |= {"best": result["all"][best], "best_feature": best.split()[0]}
     return result
@@ -768,7 +763,7 @@ def probe_pictures(args, encoder, probes, val_set):
     """attention.png: where the attentive probe that learned best looks, and where the class token does."""
     best = list(probes.values())[int(probes.right.argmax())]
     imgs = data.some_images(args, val_set)
-    attention = best.attention(probed_layers(args, encoder, imgs)[-1]).mean(1)[:, 1:]           # (B, N)
+    attention = best.pool.attention(probed_layers(args, encoder, imgs)[-1]).mean(1)[:, 1:]           # (B, N)
     rows = {"image": data.to_pixels(imgs, val_set),
             "attentive probe": attention.reshape(-1, args.grid, args.grid),
             "class token": cls_attention(encoder, imgs).mean(1)}

@@ -170,7 +170,7 @@ def state(probes):
     """Weights and statistics of every probe, in their order; [] for probes of another kind than linear."""
     return [{"weight": probe.head.weight.detach().clone(), "bias": probe.head.bias.detach().clone(),
              "mean": probe.norm.running_mean.clone(), "var": probe.norm.running_var.clone()}
-            for probe in probes.values() if isinstance(probe, vit.LinearProbe)]
+            for probe in probes.values() if not isinstance(probe.pool, vit.AttentivePool)]
 
 
 def contrary(number, P, B, training):
@@ -258,7 +258,7 @@ def test_probes_are_judged_with_their_statistics():
     imgs, labels = torch.randint(256, (541, 3, 8, 8), dtype=torch.uint8), torch.randint(10, (541,))
     val_set = data.Images(imgs, labels, list("0123456789"), MEAN, STD)
     tokens, wanted = encoder.forward_features(normalised(imgs, MEAN, STD)), {}
-    probes = vit.Probes({f"{feature} {blr}": vit.LinearProbe(32, 10, feature)
+    probes = vit.Probes({f"{feature} {blr}": vit.Probe(feature, 32, 10)
                          for blr in ("1", "10") for feature in ("cls", "mean")})
     for name, probe in probes.items():
         x = tokens[:, 0] if "cls" in name else tokens[:, 1:].mean(1)
