@@ -16,7 +16,6 @@ mask: 1 = hidden, in every file.
 import argparse
 import atexit
 import contextlib
-import copy
 import functools
 import glob
 import hashlib
@@ -294,23 +293,9 @@ def read_all(read, paths, folder=None):
     return contents
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads the pickled CIFAR batches and builds numpy arrays and plain containers, nothing else."""
-
-    def find_class(self, module, name):
-        if (module, name) in (("numpy.core.multiarray", "_reconstruct"),
-                              ("numpy._core.multiarray", "_reconstruct")):
-            return np.empty(0).__reduce__()[0]
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):             # how Python 3 pickles the bytes of an array
-            return lambda text, encoding: text.encode(encoding)
-        raise pickle.UnpicklingError(f"refuses to build {module}.{name}")
-
-
 def unpickle(path):
     with open(path, "rb") as stream:
-        content = ArrayUnpickler(stream, encoding="bytes").load()
+        content = SafeUnpickler(stream, {}, encoding="bytes").load()
         if stream.read(1):
             raise ValueError("it goes on after its end")
     return content
@@ -1679,47 +1664,61 @@ class Shell(dict):
                 self[name] = value
 
 
-class TensorUnpickler(pickle.Unpickler):
-    """Builds tensors, plain containers and shells: nothing that a file holds is ever executed.
+def rebuild(numbers, offset, size, stride, *rest):
+    return numbers.as_strided(size, stride, offset)
+
+
+BUILDERS = {  # all that a pickle may have called
+    "OrderedDict": OrderedDict, "_rebuild_tensor": rebuild, "_rebuild_tensor_v2": rebuild,
+    "_rebuild_parameter": lambda tensor, *rest: tensor,
+    "ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.empty(0).__reduce__()[0],
+    "encode": lambda text, encoding: text.encode(encoding)}     # how Python 3 pickles the bytes of an array
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Builds tensors, arrays, plain containers and shells: nothing that a file holds is ever executed.
 
     raws: gets the bytes of the tensors by their key, (n,) uint8, zeros that are to be filled."""
 
-    def __init__(self, stream, raws):
-        super().__init__(stream)
+    def __init__(self, stream, raws, **options):
+        super().__init__(stream, **options)
         self.raws = raws
 
     def persistent_load(self, saved):
         if saved[0] == "module":
             return saved[1]
         _, dtype, key, _, length = saved[:5]
-        self.raws.setdefault(key, torch.zeros(length * dtype.itemsize, dtype=torch.uint8))
+        if key not in self.raws:
+            self.raws[key] = torch.zeros(length * dtype.itemsize, dtype=torch.uint8)
         return self.raws[key].view(dtype)
 
     def find_class(self, module, name):
         kind = {"ByteStorage": "uint8", "CharStorage": "int8"}.get(name, name.removesuffix("Storage").lower())
         if module == "torch" and isinstance(dtype := getattr(torch, kind, 0), torch.dtype):
             return dtype
-        if name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
-            return lambda numbers, offset, size, stride, *rest: numbers.as_strided(size, stride, offset)
-        if name == "_rebuild_parameter":
-            return lambda tensor, *rest: tensor
-        return OrderedDict if name == "OrderedDict" else type(name, (Shell,), {"__module__": module})
+        return BUILDERS.get(name) or type(name, (Shell,), {"__module__": module})
+
+
+def fill(raw, stream):
+    """The next bytes of a stream into a tensor (n,) uint8, in parts, so that they are in memory only once."""
+    for part in raw.split(1 << 24):
+        memoryview(part.numpy())[:] = stream.read(len(part))
 
 
 def load_file(path, module=None):
     """The content of a file of weights, on the CPU: of torch.save, new or old, or .safetensors. -> a dict
 
     A pickled module or a TorchScript archive gives its tensors by name, if `module` is the name of one.
-    Nothing of a file is executed: see TensorUnpickler. Raises: exits with one sentence if it is no such."""
+    Nothing of a file is executed: see SafeUnpickler. Raises: exits with one sentence if it is no such."""
     raws = {}
     with reading(path, "a checkpoint"), open(path, "rb") as file:
         head = file.read(64)
         file.seek(0)
         if b"l\xfc\x9cF\xf9 j\xa8P\x19" in head:                    # the magic number of torch.save
-            *_, content, keys = (TensorUnpickler(file, raws).load() for _ in range(5))
+            *_, content, keys = (SafeUnpickler(file, raws).load() for _ in range(5))
             for key in keys:
                 file.seek(8, os.SEEK_CUR)                       # how many they are is known
-                memoryview(raws[key].numpy())[:] = file.read(len(raws[key]))
+                fill(raws[key], file)
         elif head[8:9] == b"{":
             content = read_safetensors(file)
         elif head[:2] == b"PK" or zipfile.is_zipfile(file):
@@ -1729,9 +1728,9 @@ def load_file(path, module=None):
                 root = [name[:-4] for name in archive.namelist() if f"/{name}".endswith("/data.pkl")]
                 if not root:
                     raise ValueError(f"it is a zip archive of {', '.join(archive.namelist()[:3])}")
-                content = TensorUnpickler(archive.open(f"{root[0]}.pkl"), raws).load()
+                content = SafeUnpickler(archive.open(f"{root[0]}.pkl"), raws).load()
                 for key, raw in raws.items():
-                    memoryview(raw.numpy())[:] = archive.read(f"{root[0]}/{key}")
+                    fill(raw, archive.open(f"{root[0]}/{key}"))
         else:
             kinds = {b"version https://git-lfs": "a git-lfs pointer: git lfs pull fetches the file itself",
                      b"<": "a web page", b"": f"a file that begins with {head[:20]!r}" if head else "empty"}
@@ -1748,14 +1747,13 @@ def read_safetensors(file):
     """A header of JSON that tells of each tensor its type, shape and place; then their bytes"""
     header, state = json.loads(file.read(int.from_bytes(file.read(8), "little"))), {}
     start, full = file.tell(), str.maketrans({"F": "float", "I": "int", "U": "uint"})       # BF16 -> bfloat16
+    header.pop("__metadata__", None)
     for name, about in header.items():
-        if name != "__metadata__":
-            begin, end = about["data_offsets"]
-            raw = torch.empty(end - begin, dtype=torch.uint8)
-            file.seek(start + begin)
-            memoryview(raw.numpy())[:] = file.read(len(raw))
-            dtype = getattr(torch, about["dtype"].translate(full).lower())
-            state[name] = raw.view(dtype).view(about["shape"])
+        begin, end = about["data_offsets"]
+        raw, dtype = torch.empty(end - begin, dtype=torch.uint8), about["dtype"].translate(full).lower()
+        file.seek(start + begin)
+        fill(raw, file)
+        state[name] = raw.view(getattr(torch, dtype)).view(about["shape"])
     return state
 
 
@@ -1814,15 +1812,13 @@ def load_checkpoint(args, **parts):
              f"same, or begin a new one in another --output_dir")
     for name, part in parts.items():
         wanted, found = part.state_dict(), states[name]
-        if isinstance(part, torch.optim.Optimizer):
-            twin = copy.deepcopy(part)                          # takes a step, to see what its state is like
-            for p in itertools.chain(*(group["params"] for group in twin.param_groups)):
-                p.grad = torch.zeros_like(p)
-            twin.step()
-            wanted = twin.state_dict()
+        if isinstance(part, torch.optim.Optimizer):             # a parameter's state: a step, tensors like it
             groups = [{"params": group["params"]} for group in wanted["param_groups"]]
             expect(path, found, {"state": {}, "param_groups": groups}, name)
-            wanted["state"] = {i: state for i, state in wanted["state"].items() if i in found["state"]}
+            keys = {key for state in found["state"].values() if isinstance(state, dict) for key in state}
+            parameters = enumerate(p for group in part.param_groups for p in group["params"])
+            wanted["state"] = {i: {key: torch.tensor(0) if key == "step" else p for key in keys}
+                               for i, p in parameters if i in found["state"]}
             found["param_groups"] = wanted["param_groups"]      # flags that are typed again win
         if found and wanted or not isinstance(part, torch.amp.GradScaler):      # an idle one has no state
             where, why = ("", differences(args, flags)) if name == "model" else (name, "")
@@ -1909,8 +1905,8 @@ def some_images(args, source, n=8, view=None):
 
 
 def patches_around(imgs, p):
-    """Every p x p patch with its surroundings: (n, 3, H, W) -> (n N, 3, 3p, 3p), mirrored at the border"""
-    around = F.unfold(F.pad(imgs, (p,) * 4, mode="reflect"), 3 * p, stride=p)               # (n, 27 p p, N)
+    """Every p x p patch with its surroundings: (n, 3, H, W) -> (n N, 3, 3p, 3p), its edge repeated"""
+    around = F.unfold(F.pad(imgs, (p,) * 4, mode="replicate"), 3 * p, stride=p)               # (n, 27 p p, N)
     return around.transpose(1, 2).reshape(-1, 3, 3 * p, 3 * p)
 
 

@@ -226,8 +226,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size, self.stem = patch_size, None
         if stem == "conv":  # stride-2 convolutions down to one pixel a patch
-            assert patch_size & (patch_size - 1) == 0, (
-                f"--stem conv needs a power of two as --patch_size, not {patch_size}")
+            if patch_size & (patch_size - 1):
+                data.stop(f"--stem conv needs a power of two as --patch_size, not {patch_size}")
             widths = [3] + [max(32, embed_dim * 2 ** i // patch_size)
                             for i in range(1, patch_size.bit_length())]
             self.stem = nn.Sequential(*[layer for a, b in zip(widths, widths[1:]) for layer in (
@@ -645,6 +645,8 @@ def make_probes(args, encoder, num_classes):
 
 def probe(args, train_set, val_set, encoder):
     """Train probes on the frozen encoder. -> the entries of result.json"""
+    if args.batch_size == data.world_size() * args.accum_steps:
+        data.stop(f"--batch_size {args.batch_size} leaves one image a part: too few for BatchNorm")
     loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5)])
     classes = len(train_set.classes)
     encoder.requires_grad_(False).eval()                        # nothing frozen may be random
@@ -1009,7 +1011,7 @@ def load_init(model, args, names=None, fixed=(), pos_offset=0.0):
                 data.stop(f"{path} has other positions {name} than the fixed ones of this method")
             state[name] = wanted[name]
         state = fit(state, wanted, pos_offset)
-    data.load_state(model, state, path, data.differences(args, flags) if flags else "")
+    data.load_state(model, state, path, data.differences(args, flags))
     data.say(f"starting from {path}")
 
 
