@@ -39,7 +39,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 
 import data
@@ -325,10 +324,7 @@ def tokenizer_pictures(model, teacher, imgs, counts, path):
     data.save_rows(path.with_name("words.png"), rows,
                    f"patches (the middle third) of the commonest codes; {(counts > 0).sum()} of "
                    f"{len(counts)} codes are used")
-    if data.rank() == 0:
-        figure = Figure(figsize=(6, 3), layout="constrained")
-        data.draw_usage(figure.subplots(), counts)
-        data.save_atomically(figure, path.with_name("usage.png"))
+    data.save_usage(path.with_name("usage.png"), counts)
 
 
 def train_tokenizer(args):

@@ -1930,13 +1930,21 @@ def trivial_tokens(args, tokenizer, source, view):
             f"{code_entropy(counts):.3f}, accuracy of the commonest {counts.max() / counts.sum():.3f}")
 
 
-def draw_usage(axes, counts):
-    """How often each code occurs, commonest first, beside the line of equal use. counts (K,)"""
+def save_usage(path, counts, picture=None, title=""):
+    """How often each code occurs (K,), commonest first, and equal use; at its left a picture (H, W, 3)."""
+    if rank():
+        return
+    figure = Figure(figsize=(6, 3) if picture is None else (11, 5.5), layout="constrained")
+    *left, axes = figure.subplots(1, 1 if picture is None else 2, squeeze=False)[0]
+    for beside in left:
+        beside.imshow(picture.numpy(), interpolation="nearest")
+        beside.set(xticks=[], yticks=[], title=title)
     share = counts.sort(descending=True).values / counts.sum()
     axes.fill_between(range(1, len(share) + 1), share.numpy(), step="mid")
     axes.axhline(1 / len(share), color="black", linewidth=0.8)
     axes.set(yscale="log", xlabel="code, commonest first", ylabel="share of all places (line: uniform)",
              title=f"{(counts > 0).sum()} of {len(counts)} codes are used")
+    save_atomically(figure, path)
 
 
 # ---- k-NN ----

@@ -35,7 +35,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import nn
 
 import data
@@ -132,15 +131,17 @@ class ResBlock(nn.Module):
         return self.id_path(x) + self.gain * self.res_path(x)
 
 
-def groups(widths, blocks, kernels, between):
-    """Groups of `blocks` residual blocks, `between` after each but the last. -> (name, module) pairs"""
-    gain = 1 / ((len(widths) - 1) * blocks) ** 2
-    for g, (n_in, n_out) in enumerate(zip(widths, widths[1:]), start=1):
-        layers = [(f"block_{b + 1}", ResBlock(n_in if b == 0 else n_out, n_out, kernels, gain))
+def tower(first, widths, blocks, kernels, between, n_out):
+    """`first`, groups of residual blocks with `between` after each but the last, and a 1 x 1 convolution."""
+    gain, parts = 1 / ((len(widths) - 1) * blocks) ** 2, [("input", first)]
+    for g, (n_in, width) in enumerate(zip(widths, widths[1:]), start=1):
+        layers = [(f"block_{b + 1}", ResBlock(width if b else n_in, width, kernels, gain))
                   for b in range(blocks)]
         if g < len(widths) - 1:
             layers.append(between)
-        yield f"group_{g}", nn.Sequential(OrderedDict(layers))
+        parts.append((f"group_{g}", nn.Sequential(OrderedDict(layers))))
+    last = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv(widths[-1], n_out, 1)))
+    return nn.Sequential(OrderedDict([*parts, ("output", last)]))
 
 
 class Encoder(nn.Module):
@@ -149,10 +150,7 @@ class Encoder(nn.Module):
     def __init__(self, n_groups, n_hid, blocks, vocab):
         super().__init__()
         widths = [n_hid] + [n_hid * 2 ** g for g in range(n_groups)]
-        self.blocks = nn.Sequential(OrderedDict([
-            ("input", conv(3, n_hid, 7)),
-            *groups(widths, blocks, (3, 3, 3, 1), ("pool", nn.MaxPool2d(2))),
-            ("output", nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv(widths[-1], vocab, 1))))]))
+        self.blocks = tower(conv(3, n_hid, 7), widths, blocks, (3, 3, 3, 1), ("pool", nn.MaxPool2d(2)), vocab)
 
     def forward(self, x):
         x = self.blocks[:-1](x)
@@ -168,23 +166,19 @@ class Decoder(nn.Module):
     def __init__(self, n_groups, n_hid, blocks, vocab, channels, n_init):
         super().__init__()
         widths = [n_init] + [n_hid * 2 ** g for g in reversed(range(n_groups))]
-        self.blocks = nn.Sequential(OrderedDict([
-            ("input", conv(vocab, widths[0], 1)),
-            *groups(widths, blocks, (1, 3, 3, 3), ("upsample", nn.Upsample(scale_factor=2))),
-            ("output", nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv(n_hid, channels, 1))))]))
-
-    def look_up(self, ids):
-        """Codes (B, h, w) -> what the first layer makes of their one-hot vectors, (B, ., h, w)"""
-        layer = self.blocks.input
-        return (F.embedding(ids, layer.weight[:, :, 0, 0].T) + layer.bias).permute(0, 3, 1, 2)
+        self.blocks = tower(conv(vocab, n_init, 1), widths, blocks, (1, 3, 3, 3),
+                            ("upsample", nn.Upsample(scale_factor=2)), channels)
 
     def forward(self, y):
         with torch.autocast(y.device.type, enabled=False):
             x = self.blocks.input(y)
-        return self.paint(x)
-
-    def paint(self, x):
         return self.blocks[1:](x).float()
+
+    def paint(self, ids):
+        """The same for codes (B, h, w), looked up: what the first layer makes of their one-hot vectors"""
+        layer = self.blocks.input
+        x = F.embedding(ids, layer.weight[:, :, 0, 0].T) + layer.bias                       # (B, h, w, .)
+        return self.blocks[1:](x.permute(0, 3, 1, 2)).float()
 
 
 class DVAE(nn.Module):
@@ -218,8 +212,7 @@ class DVAE(nn.Module):
 
     def paint(self, ids):
         """Codes (B, N) -> pixels (B, 3, s, s) in [0, 1]"""
-        x = self.decoder.look_up(ids.view(len(ids), self.grid, self.grid))
-        return self.pixels(self.decoder.paint(x))
+        return self.pixels(self.decoder.paint(ids.view(len(ids), self.grid, self.grid)))
 
     def forward(self, imgs, tau, beta):
         """(B, 3, s, s) in [0, 1] -> loss, -log p a pixel and channel, KL a place; all means over the batch"""
@@ -337,17 +330,11 @@ def pictures(model, imgs, counts, path):
     tiles = torch.cat([model.paint(part[:, None].expand(-1, model.grid ** 2))[:, :, middle, middle]
                        for part in commonest.split(64)]).cpu()                              # (k, 3, ., .)
     model.train()
-    if data.rank():
-        return
     tiles = F.pad(tiles, (1, 1, 1, 1), value=1.0)
     tiles = torch.cat([tiles, tiles.new_ones(-len(tiles) % 16, *tiles.shape[1:])])
     mosaic = tiles.unflatten(0, (-1, 16)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.imshow(mosaic.numpy(), interpolation="nearest")
-    left.set(xticks=[], yticks=[], title=f"what the {len(commonest)} commonest codes paint")
-    data.draw_usage(right, counts)
-    data.save_atomically(figure, path.with_name("codebook.png"))
+    data.save_usage(path.with_name("codebook.png"), counts, mosaic,
+                    f"what the {len(commonest)} commonest codes paint")
 
 
 def main():

@@ -145,11 +145,6 @@ class Network(nn.Module):
 
 # ---- the losses ----
 
-def sharpen(teacher, centre, temp):
-    """The teacher's distribution softmax((teacher - centre) / temp), of logits (..., K)"""
-    return ((teacher - centre) / temp).softmax(-1)
-
-
 def cls_loss(q, student, temp=0.1):
     """Cross-entropy between all pairs of different crops: q (G, B, K), student logits (G + L, B, K)."""
     ce = -torch.einsum("ubk,vbk->uv", q, (student / temp).log_softmax(-1)) / q.shape[1]     # (G, G + L)
@@ -195,8 +190,8 @@ class IBOT(nn.Module):
                 t_patch = self.teacher.head.last_layer2(z[:, 1:].flatten(0, 1)[ids])        # (M, K')
                 means = (t_cls.mean(0, keepdim=True),
                          self.teacher.head.last_layer2(z[:, 1:].mean((0, 1)))[None])
-                q = sharpen(t_cls, self.centre, temp).unflatten(0, (G, B))                  # (G, B, K)
-                q_patch = sharpen(t_patch, self.patch_centre, patch_temp)                   # (M, K')
+                q = ((t_cls - self.centre) / temp).softmax(-1).unflatten(0, (G, B))         # (G, B, K)
+                q_patch = ((t_patch - self.patch_centre) / patch_temp).softmax(-1)          # (M, K')
 
         encoder = self.student.encoder
         x = encoder.forward_features(imgs, mask, self.masked_embed)                         # (G B, 1 + N, D)
