@@ -43,7 +43,7 @@ from torch import nn
 
 import data
 from vit import (SIZES, Block, ViT, cosine_lr, infer_config, init_beit, load_init, load_weights,
-                 official_state, param_groups, read_encoder, rescale, set_lr, take)
+                 official_state, param_groups, read_encoder, renamed, rescale, set_lr, take)
 
 # one value, or four: shapes, laptop, small, imagenet (the paper's appendix); meaning; range
 SHARED = {
@@ -228,23 +228,17 @@ class CLIP(ViT):
 
 
 CLIP_STATS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-CLIP_NAMES = {"class_embedding": "cls_token", "positional_embedding": "pos_embed",
-              "conv1": "patch_embed.proj", "ln_post": "norm", "transformer.resblocks": "blocks",
-              "ln_1": "norm1", "ln_2": "norm2", "attn.in_proj_": "attn.qkv.", "attn.out_proj": "attn.proj",
-              "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+CLIP_NAMES = {r"^(?!visual\.)": None, r"^visual\.": "", "class_embedding": "cls_token",
+              "positional_embedding": "pos_embed", "conv1": "patch_embed.proj", "ln_post": "norm",
+              r"transformer\.resblocks": "blocks", "ln_1": "norm1", "ln_2": "norm2", r"in_proj_": "qkv.",
+              "out_proj": "proj", "c_fc": "fc1", "c_proj": "fc2"}
 
 
 def read_clip(path, content):
     """CLIP's visual tower, from the content of OpenAI's file: the network under our names.
 
     The number of heads is the width over 64, as in all of OpenAI's."""
-    state = {}
-    for name, value in content.items():
-        if name.startswith("visual."):
-            name = name.removeprefix("visual.")
-            for theirs, ours in CLIP_NAMES.items():
-                name = name.replace(theirs, ours)
-            state[name] = value.float()
+    state = {name: value.float() for name, value in renamed(content, CLIP_NAMES).items()}
     D, *_ = state["patch_embed.proj.weight"].shape
     state["cls_token"], state["pos_embed"] = state["cls_token"].view(1, 1, D), state["pos_embed"][None]
     state["patch_embed.proj.bias"] = torch.zeros(D)
@@ -401,12 +395,11 @@ def train_tokenizer(args):
 
 def official_tokenizer(content):
     """A VQ-KD file of unilm/beit2 -> a state dict under our names; its teacher is left out."""
-    state = {}
-    for name, value in official_state(content).items():
-        if name == "quantize.embedding.weight":
-            state |= {"quantizer.codebook": value, "quantizer.hits": torch.zeros(len(value))}
-        elif not name.startswith(("quantize.", "teacher", "scaling", "loss")):
-            state[name.replace("fc_norm.", "norm.")] = value
+    state = renamed(official_state(content), {
+        r"^quantize\.embedding\.weight$": "quantizer.codebook", r"^(quantize\.|teacher|scaling|loss)": None,
+        r"fc_norm\.": "norm."})
+    if "quantizer.codebook" in state:
+        state["quantizer.hits"] = torch.zeros(len(state["quantizer.codebook"]))
     return state
 
 

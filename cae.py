@@ -26,7 +26,6 @@ fused bias for query, key and value, of which the key's part has no effect. The 
 directly: the k-NN monitor reads the mean of the patch tokens.
 """
 import copy
-import re
 
 import numpy as np
 import torch
@@ -36,8 +35,8 @@ from torch import nn
 import data
 from dvae import prepare_tokenizer
 from vit import (SIZES, Block, CrossAttention, Mlp, ViT, cosine_lr, image_of, init_cut, load_init,
-                 official_state, norm_patches, param_groups, patches_of, set_lr, sincos_pos_embed, take,
-                 update_ema)
+                 official_state, norm_patches, param_groups, patches_of, renamed, set_lr, sincos_pos_embed,
+                 take, update_ema)
 
 RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (CAE-B); meaning; range
     "tokenizer":       ("", "tokenizer.pt of dvae.py (out/dvae-<data>/tokenizer.pt if not given)"),
@@ -197,21 +196,15 @@ def official_names(content, momentum=0.0):
     """A pre-training file of lxtGH/CAE, in either of its layouts -> a state dict under our names.
 
     With momentum the copy of the encoder is the file's, or, where the file has none, its encoder."""
-    prefixes = {"pretext_neck.": "", "regresser.": "", "decoder.norm.": "norm2.", "decoder.": "",
-                "encoder_to_regresser": "encoder_to_decoder", "alignment_encoder.": "teacher."}
-    state = {}
-    for name, value in official_state(content).items():
-        old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-        name = prefixes.get(old, "") + name.removeprefix(old)
-        state[re.sub(r"cross_attn\.([qv])_bias$", r"cross_attn.\1.bias", name)] = value
-    state.pop("rd_pos_embed", None)                             # positions are fixed
+    state = renamed(official_state(content), {
+        r"^(pretext_neck|regresser)\.": "", r"^decoder\.norm\.": "norm2.", r"^decoder\.": "",
+        "^encoder_to_regresser": "encoder_to_decoder", r"^alignment_encoder\.": "teacher.",
+        r"cross_attn\.([qv])_bias$": r"cross_attn.\1.bias", "^rd_pos_embed$": None})     # it is fixed
     if "encoder.blocks.0.gamma_1" not in state:                 # no layer scale: the rest are frozen ones
-        state = {name: value for name, value in state.items() if "gamma_" not in name}
+        state = renamed(state, {"gamma_": None})
     if not momentum:
-        return {name: value for name, value in state.items() if not name.startswith("teacher.")}
-    copies = {name.replace("encoder.", "teacher.", 1): value for name, value in state.items()
-              if name.startswith("encoder.")}
-    return copies | state
+        return renamed(state, {r"^teacher\.": None})
+    return renamed(state, {r"^(?!encoder\.)": None, r"^encoder\.": "teacher."}) | state
 
 
 @torch.no_grad()

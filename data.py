@@ -335,7 +335,11 @@ def read_cifar(name, data_dir, train):
 def read_tiny_imagenet(data_dir):
     """Tiny-ImageNet, decoded once into a .pt file. -> two (imgs (n, 3, 64, 64), labels, classes), stats"""
     cache = data_dir / "tiny-imagenet-200.pt"
-    if not cache.exists() and local_rank() == 0:
+    while local_rank() and not cache.exists():
+        time.sleep(0.5)
+    if cache.exists():
+        kept = load_file(cache)
+    else:
         folder, _ = find_set("tiny-imagenet", data_dir)
         paths, labels, classes = scan_folder(folder / "train")
         if len(set(labels.bincount().tolist())) > 1:
@@ -351,19 +355,18 @@ def read_tiny_imagenet(data_dir):
                     raise ValueError(f"{name}: listed {listed[name]} times, found {found[name]} times")
             return [(row[0], classes.index(row[:2][-1])) for row in rows]
 
+        def decode(paths):
+            imgs = torch.empty(len(paths), 3, 64, 64, dtype=torch.uint8)    # in memory only once
+            places = dict(zip(paths, imgs))
+            read_all(lambda path: places[path].copy_(open_rgb(path)), paths, folder)
+            return imgs
+
         _, val = read_all(read_list, [folder / "wnids.txt", folder / "val/val_annotations.txt"], folder)
-        val_paths = [folder / "val/images" / name for name, _ in val]
-        imgs, val_imgs = (torch.stack(read_all(lambda path: open_rgb(path).expand(3, 64, 64), part, folder))
-                          for part in (paths, val_paths))
-        mean, std = pixel_stats(imgs)
-        kept = {"train_imgs": imgs, "train_labels": labels, "val_imgs": val_imgs,
-                "val_labels": torch.tensor([label for _, label in val]),
-                "classes": classes, "mean": mean, "std": std}
-        with writing(cache):
-            save_atomically(kept, cache)
-    while not cache.exists():
-        time.sleep(0.5)
-    kept = load_file(cache)
+        kept = {"train_imgs": decode(paths), "train_labels": labels, "classes": classes,
+                "val_imgs": decode([folder / "val/images" / name for name, _ in val]),
+                "val_labels": torch.tensor([label for _, label in val])}
+        kept["mean"], kept["std"] = pixel_stats(kept["train_imgs"])
+        save_atomically(kept, cache)
     return ([(kept[f"{split}_imgs"], kept[f"{split}_labels"], kept["classes"]) for split in ("train", "val")],
             (kept["mean"], kept["std"]))
 
@@ -408,27 +411,25 @@ def scan_folder(root, classes=None):
     if not root.is_dir():
         stop(f"there is no folder {root}: --data takes {', '.join(SIDES)}, or a folder that holds "
              f"train/<class>/*.jpg and val/<class>/*.jpg (without val/: add --holdout 1000, say)")
-    entries = glob.glob("*", root_dir=root)                     # without names that begin with a dot
-    found = sorted(name for name in entries if (root / name).is_dir()) or [""]
+    names = glob.glob("*", root_dir=root)                       # without names that begin with a dot
+    found = sorted(name for name in names if (root / name).is_dir()) or [""]
     if classes is not None and (unknown := sorted(set(found) - set(classes))):
         stop(f"{root / unknown[0]} is a class that the training images do not have: remove it, or add its "
              f"training images" if any(unknown) else
              f"{root} is flat: move each image into {root}/<class>/, with the names of the training classes")
-    classes = classes or found
-    paths, labels, others = [], [], entries if any(found) else []
-    for name in found:
-        inner = [os.path.join(name, path) for path in
-                 sorted(glob.iglob("**", root_dir=root / name, recursive=True))]
-        files = [os.path.join(root, path) for path in inner if path.lower().endswith(ENDINGS)]
-        if not files:
-            stop(f"{root / name} holds no images that Pillow reads: fill it or remove it")
-        others += [path for path in inner if not path.lower().endswith(ENDINGS)]
-        paths += files
-        labels += [classes.index(name)] * len(files)
-    left_out = Counter(os.path.splitext(path)[1] or "others" for path in others if (root / path).is_file())
+    classes, files, left_out = classes or found, {name: [] for name in found}, Counter()
+    for path in sorted(glob.iglob("**", root_dir=root, recursive=True)):
+        name = path.split(os.sep)[0] if any(found) else ""
+        if name in files and path.lower().endswith(ENDINGS):
+            files[name].append(os.path.join(root, path))
+        elif (root / path).is_file():
+            left_out[os.path.splitext(path)[1] or "others"] += 1
+    if empty := [name for name in found if not files[name]]:
+        stop(f"{root / empty[0]} holds no images that Pillow reads: fill it or remove it")
     if left_out:
         say(f"left out of {root}: {', '.join(f'{count} {ending}' for ending, count in left_out.items())}")
-    return paths, torch.tensor(labels), classes
+    labels = [torch.full((len(files[name]),), classes.index(name)) for name in found]
+    return list(itertools.chain(*files.values())), torch.cat(labels), classes
 
 
 def load_sets(args):

@@ -866,6 +866,14 @@ LAYOUTS = {  # official files: a tensor that tells which, the encoder's prefix, 
 }
 
 
+def renamed(state, rules):
+    """A state dict under other names: {pattern: replacement}, in turn; None drops what the pattern finds."""
+    for pattern, new in rules.items():
+        state = {re.sub(pattern, new or "", name): value for name, value in state.items()
+                 if new is not None or not re.search(pattern, name)}
+    return state
+
+
 def official_state(content):
     """The state dict in the content of an official file, in float32 and under plain names.
 
@@ -874,12 +882,10 @@ def official_state(content):
     for key in ("teacher", "model", "module", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    state = {}
-    for name, value in content.items():
-        if torch.is_tensor(value) and not name.endswith("relative_position_index"):
-            name = re.sub(r"attn\.(relative_position_bias_table)$", r"rel_pos_bias.\1", name)
-            name = re.sub(r"\bls([12])\.gamma$", r"gamma_\1", name)                        # timm's
-            state[name.removeprefix("module.")] = value.float()
+    state = renamed({name: value.float() for name, value in content.items() if torch.is_tensor(value)},
+                    {r"relative_position_index$": None, r"^module\.": "",
+                     r"attn\.(relative_position_bias_table)$": r"rel_pos_bias.\1",
+                     r"\bls([12])\.gamma$": r"gamma_\1"})                                  # timm's
     for name in [name for name in state if re.search(r"\battn\.q_bias$", name)]:
         if name.replace("q_bias", "v_bias") in state:
             q, v = state.pop(name), state.pop(name.replace("q_bias", "v_bias"))
@@ -912,13 +918,12 @@ def read_encoder(path, num_heads=0, content=None, finetune=False):
             everything = official_state(content)
             layout = next((name for name, (tell, _, _) in LAYOUTS.items() if tell in everything), "ViT")
             _, prefix, rest = LAYOUTS[layout]
-            state = {name.removeprefix(prefix): value for name, value in everything.items()
-                     if name.startswith(prefix) and not re.match(rest, name)}
-            for name in everything:
-                if not name.startswith(prefix) and not re.match(rest, name):
-                    data.stop(f"{path} looks like a file of {layout}, but such files have no {name}")
+            state = renamed(everything, {f"^{rest}": None})
+            if strange := [name for name in state if not name.startswith(prefix)]:
+                data.stop(f"{path} looks like a file of {layout}, but such files have no {strange[0]}")
+            state = renamed(state, {f"^{prefix}": ""})
             if layout == "VQ-KD":                               # applied to the tokens, not to their mean
-                state = {name.replace("fc_norm.", "norm."): value for name, value in state.items()}
+                state = renamed(state, {r"fc_norm\.": "norm."})
             is_cae = layout == "CAE"                            # others of width 384 have six heads
             config = infer_config(state, num_heads or 12 * (is_cae and state["cls_token"].shape[-1] == 384))
             if layout == "DINO" or "masked_embed" in everything:        # no other file proves it is DINO's

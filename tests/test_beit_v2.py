@@ -58,7 +58,8 @@ def test_official_pretraining(tmp_path, golden, close):
     """Logits of both heads at the hidden patches, both losses, all kinds of gradients, three AdamW steps."""
     arrays, model = golden("beit_v2"), tiny_beit()
     torch.save({"model": golden("beit_v2", "w/")}, tmp_path / "official.pth")
-    load_init(model, SimpleNamespace(init=tmp_path / "official.pth", method="beit_v2"))
+    load_init(model, SimpleNamespace(init=tmp_path / "official.pth", method="beit_v2",
+                                     flags={}, images=0))
     imgs, codes, mask = arrays["images"], arrays["tokens"], arrays["mask"]
     h, branch = model.hidden_states(imgs, mask)
     close(model.lm_head(h)[mask], arrays["logits_mim"])
