@@ -179,14 +179,12 @@ def fetch(archive, data_dir):
     for host in archive.hosts:
         try:
             download(host + archive.file, part, archive.size)
+            if not (wrong := mismatch(part, archive)):
+                return part.replace(path)
+            part.unlink()
+            print(f"{host + archive.file}: {wrong}; deleted", file=sys.stderr)
         except (OSError, http.client.HTTPException) as error:  # OSError: URLError, time-outs, refusals
             print(f"{host + archive.file}: {error}", file=sys.stderr)
-            continue
-        if not (wrong := mismatch(part, archive)):
-            return part.replace(path)
-        print(f"{host + archive.file}: {wrong}; deleted", file=sys.stderr)
-        part.unlink()
-    return None
 
 
 def download(url, part, size):

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from vit import (SIZES, ViT, cls_attention, cosine_lr, half_cosine, load_init, official_state,
+from vit import (SIZES, ViT, attention_pictures, cosine_lr, half_cosine, load_init, official_state,
                  param_groups, set_lr, update_ema)
 
 RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the published commands); meaning; range
@@ -262,11 +262,8 @@ def pictures(model, imgs, source, path):
     """<step>.png: where the teacher's class token looks, per head; vocabulary.png: patches that share a
     prototype, for the commonest prototypes, each with its surroundings."""
     model.eval()
-    shown, encoder = imgs[:8], model.teacher.encoder
-    attention = cls_attention(encoder, shown)                                               # (8, H, g, g)
-    rows = {"image": data.to_pixels(shown, source)}
-    rows |= {f"head {h + 1}": attention[:, h] for h in range(attention.shape[1])}
-    data.save_rows(path, rows, "attention of the teacher's class token, last block")
+    encoder = model.teacher.encoder
+    attention_pictures(encoder, imgs[:8], source, path)
     logits = torch.cat([model.teacher.head(encoder.forward_features(part))[1] for part in imgs.split(100)])
     model.train()
     around = data.patches_around(data.to_pixels(imgs, source), encoder.config["patch_size"])

@@ -241,11 +241,8 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
     def forward(self, imgs):
-        if self.stem:
-            side, p = imgs.shape[3], self.patch_size
-            assert imgs.shape[2] == side and side % p == 0, f"{tuple(imgs.shape)} in {p} px patches"
-            return self.proj(self.stem(imgs)).flatten(2).transpose(1, 2)                    # (B, N, D)
-        return self.embed(patches_of(imgs, self.patch_size))
+        patches = patches_of(imgs, self.patch_size)             # refuses images that they do not tile
+        return self.proj(self.stem(imgs)).flatten(2).transpose(1, 2) if self.stem else self.embed(patches)
 
 
 def patches_of(imgs, p):
@@ -295,10 +292,8 @@ def relative_position_index(grid):
     place = torch.arange(grid)
     rows, cols = place.repeat_interleave(grid), place.repeat(grid)                          # (N,)
     between = (rows[:, None] - rows + grid - 1) * (2 * grid - 1) + (cols[:, None] - cols + grid - 1)
-    index = torch.empty(1 + grid * grid, 1 + grid * grid, dtype=torch.long)
-    first = (2 * grid - 1) ** 2
-    index[1:, 1:], index[0, :] = between, first                 # patch -> patch, cls -> patch
-    index[:, 0] = first + 1                                     # patch -> cls
+    index, first = F.pad(between, (1, 0, 1, 0)), (2 * grid - 1) ** 2
+    index[0, :], index[:, 0] = first, first + 1                 # cls -> patch, patch -> cls
     index[0, 0] = first + 2                                     # cls -> cls, so last
     return index
 
@@ -742,15 +737,19 @@ def cls_attention(model, imgs):
     return logits.softmax(-1)[:, :, 0, 1:].unflatten(2, (math.isqrt(n - 1), -1))
 
 
+def attention_pictures(model, imgs, source, path):
+    """Where the class token looks, head by head."""
+    rows = {"image": data.to_pixels(imgs, source)}
+    for h, attention in enumerate(cls_attention(model, imgs).unbind(1)):                    # (B, g, g)
+        rows[f"head {h + 1}"] = attention
+    data.save_rows(path, rows, "attention of the class token to the patches, last block")
+
+
 def pictures(args, model, val_set):
     """attention.png: where the class token looks, per head; positions.png: similarity of the positions."""
     folder = Path(args.output_dir) / "pictures"
     model.eval()
-    imgs = data.some_images(args, val_set)
-    attention = cls_attention(model, imgs)                                                  # (B, H, g, g)
-    rows = {"image": data.to_pixels(imgs, val_set)}
-    rows |= {f"head {h + 1}": attention[:, h] for h in range(attention.shape[1])}
-    data.save_rows(folder / "attention.png", rows, "attention of the class token to the patches, last block")
+    attention_pictures(model, data.some_images(args, val_set), val_set, folder / "attention.png")
     if model.pos_embed is not None:
         pos = F.normalize(model.pos_embed.detach()[0, 1:].float(), dim=1)                   # (N, D)
         g = math.isqrt(len(pos))
@@ -1076,17 +1075,13 @@ def export(path, name, num_heads=0):
     state, config, mean, std = read_encoder(path, num_heads, content)
     if config.get("stem", "patch") != "patch":
         data.stop(f"{path} has a convolutional stem: timm's Vision Transformer has none")
-    rel_pos, result = config.get("rel_pos", "none"), OrderedDict()
-    for key, value in state.items():
-        if rel_pos == "none":
-            key = re.sub(r"gamma_([12])$", r"ls\1.gamma", key)
-        elif key.endswith("attn.qkv.bias"):                     # the keys' part does not change the softmax
-            q, _, v = value.chunk(3)
-            result |= {key.replace("qkv.bias", "q_bias"): q.clone(),
-                       key.replace("qkv.bias", "v_bias"): v.clone()}
-            continue
-        key = re.sub(r"(blocks\.\d+)\.rel_pos_bias", r"\1.attn", key)
-        result[key] = value
+    rel_pos = config.get("rel_pos", "none")
+    result = OrderedDict(renamed(state, {r"gamma_([12])$": r"ls\1.gamma"} if rel_pos == "none" else
+                                 {r"(blocks\.\d+)\.rel_pos_bias": r"\1.attn"}))
+    for key in [key for key in result if rel_pos != "none" and key.endswith("attn.qkv.bias")]:
+        q, _, v = result.pop(key).chunk(3)                      # the keys' part does not change the softmax
+        result[key.replace("qkv.bias", "q_bias")] = q.clone()
+        result[key.replace("qkv.bias", "v_bias")] = v.clone()
     result._metadata = {"vit.py": {"config": config, "mean": mean, "std": std,      # for `read_encoder`
                                    "method": content.get("method", "")}}
     data.save_atomically(result, Path(name))
