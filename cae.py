@@ -116,8 +116,8 @@ class CAE(nn.Module):
         D, heads = decoder_dim or C, decoder_heads or encoder.config["num_heads"]
         self.encoder = encoder
         encoder.pos_embed.data.copy_(row_first_pos_embed(C, grid))
-        self.encoder_to_decoder = None if D == C else nn.Linear(C, D)
-        self.encoder_to_decoder_norm = None if D == C else nn.LayerNorm(D, eps=1e-6)
+        self.encoder_to_decoder = nn.Identity() if D == C else nn.Linear(C, D)
+        self.encoder_to_decoder_norm = nn.Identity() if D == C else nn.LayerNorm(D, eps=1e-6)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D))
         self.pos_embed = nn.Parameter(row_first_pos_embed(D, grid)[:, 1:], requires_grad=False)  # (1, N, D)
         rates, decoder_rates = (np.linspace(0, drop_path, depth).tolist()
@@ -137,9 +137,7 @@ class CAE(nn.Module):
     def encode(self, encoder, imgs, ids):
         """Some patches of the images: (B, 3, H, W), ids (B, n) -> latents (B, n, D), no class token"""
         x = encoder.forward_visible(imgs, ids)[:, 1:]                                       # (B, n, C)
-        if self.encoder_to_decoder is not None:
-            x = self.encoder_to_decoder_norm(self.encoder_to_decoder(x))                    # (B, n, D)
-        return x
+        return self.encoder_to_decoder_norm(self.encoder_to_decoder(x))
 
     def regress(self, visible, ids_visible, ids_hidden):
         """Latents of the visible patches (B, V, D) -> those of the hidden ones, predicted, (B, M, D)"""

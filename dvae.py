@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from vit import cosine_lr, half_cosine, param_groups, set_lr, update_ema
+from vit import cosine_lr, half_cosine, official_state, param_groups, renamed, set_lr, update_ema
 
 RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (DALL-E's); meaning; range
     "model":            (("micro", "micro", "tiny", "base"), "sets n_hid, vocab", ("micro", "tiny", "base")),
@@ -226,13 +226,12 @@ class DVAE(nn.Module):
 def load_dalle(path, grid):
     """DALL-E's dVAE, two modules that OpenAI pickled: encoder.pkl and, in the same folder, decoder.pkl, from
     https://cdn.openai.com/dall-e/. Sizes are read off the shapes."""
-    state, ours = {}, {"w": "weight", "b": "bias"}
+    state = {}
     with data.reading(path, "DALL-E's encoder, beside its decoder"):
         for part in ("encoder", "decoder"):
             file = Path(path).with_name(Path(path).name.replace("encoder", part))
-            for name, value in data.load_file(file, "blocks.input.w").items():
-                *words, last = name.split(".")
-                state[".".join([part, *words, ours.get(last, last)])] = value.float()
+            state |= renamed(official_state(data.load_file(file, "blocks.input.w")),
+                             {r"\.w$": ".weight", r"\.b$": ".bias", "^": f"{part}."})
         n_hid, vocab, n_init = (len(state[f"{name}.bias"]) for name in (
             "encoder.blocks.input", "encoder.blocks.output.conv", "decoder.blocks.input"))
         n_groups = len({name.split(".")[2] for name in state if "encoder.blocks.group_" in name})

@@ -184,11 +184,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
+    def heads(self, x):
+        """(B, n, D) -> q, k, v, (B, H, n, d) each"""
+        return self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
     def forward(self, x, bias=None):
-        B, n, D = x.shape
-        q, k, v = self.qkv(x).view(B, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, n, d) each
+        """(B, n, D) -> (B, n, D)"""
+        q, k, v = self.heads(x)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-        return self.proj(x.transpose(1, 2).reshape(B, n, D))                               # (B, n, D)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -298,18 +302,17 @@ def relative_position_index(grid):
     return index
 
 
-def sincos_pos_embed(embed_dim, grid, cls_token=True):
+def sincos_pos_embed(embed_dim, grid):
     """Fixed 2-D sine-cosine positions (MAE): first half of the width for the column, second for the row.
 
     w_k = 10000^(-k / (D/4)); each half is [sin(x w_0), ..., cos(x w_0), ...]; the class token's row is zero.
-    -> (1, 1 + grid * grid, embed_dim) float32, the first row only with cls_token. embed_dim % 4 must be 0."""
+    -> (1, 1 + grid * grid, embed_dim) float32. embed_dim % 4 must be 0."""
     assert embed_dim % 4 == 0, f"embed_dim {embed_dim} is not divisible by 4"
     frequency = 10000.0 ** (-torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency                    # (g, D/4)
     line = torch.cat([angle.sin(), angle.cos()], 1)                                         # (g, D/2)
     columns, rows = line.repeat(grid, 1), line.repeat_interleave(grid, 0)                   # (g*g, D/2)
-    pos = torch.cat([columns, rows], 1).float()                                             # (g*g, D)
-    return (torch.cat([torch.zeros(1, embed_dim), pos]) if cls_token else pos)[None]
+    return F.pad(torch.cat([columns, rows], 1).float(), (0, 0, 1, 0))[None]
 
 
 def init_weights(module):
@@ -724,17 +727,12 @@ def knn(args, train_set, val_set, encoder):
 @torch.no_grad()
 def cls_attention(model, imgs):
     """How much the class token attends to each patch, in the last block. (B, 3, H, W) -> (B, heads, g, g)"""
-    taken = []
-    attn = model.blocks[-1].attn
-    hook = attn.qkv.register_forward_hook(lambda module, inputs, output: taken.append(output))
-    model.forward_features(imgs)
-    hook.remove()
-    B, n, _ = taken[0].shape
-    q, k, _ = taken[0].float().view(B, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)     # (B, H, n, d)
-    logits = q[:, :, :1] @ k.transpose(2, 3) / math.sqrt(q.shape[-1])                       # (B, H, 1, n)
-    for table in (model.rel_pos_bias, model.blocks[-1].rel_pos_bias):
+    last, x = model.blocks[-1], model.add_cls_and_pos(model.patch_embed(imgs))
+    q, k, _ = last.attn.heads(last.norm1([x, *model.forward_blocks(x)][-2]))                # (B, H, n, d)
+    logits = q[:, :, :1].float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[-1])       # (B, H, 1, n)
+    for table in (model.rel_pos_bias, last.rel_pos_bias):
         logits = logits if table is None else logits + table()[:, :, :1]
-    return logits.softmax(-1)[:, :, 0, 1:].unflatten(2, (math.isqrt(n - 1), -1))
+    return logits.softmax(-1)[:, :, 0, 1:].unflatten(2, (math.isqrt(x.shape[1] - 1), -1))
 
 
 def attention_pictures(model, imgs, source, path):

@@ -386,7 +386,7 @@ def beit_of(seen):
 
 def cae_of(seen):
     model, tokens, found = seen.model, seen.model.target == "tokens", masks_of(seen, "on")
-    wider = model.encoder_to_decoder is not None
+    wider = isinstance(model.encoder_to_decoder, torch.nn.Linear)
     heads = only([block.cross_attn.num_heads for block in model.regressor_blocks]
                  + [block.attn.num_heads for block in model.decoder_blocks])
     assert model.head.out_features == (24 if tokens else 3 * 6 * 6)
