@@ -75,7 +75,9 @@ class BEiT(nn.Module):
 
     def hidden_states(self, imgs, mask):
         """(B, 3, H, W), mask (B, N) bool -> patch tokens of the whole masked image, (B, N, D)"""
-        return self.encoder.forward_features(imgs, mask, self.mask_token)[:, 1:]
+        x = self.encoder.patch_embed(imgs)                                                  # (B, N, D)
+        x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
+        return self.encoder.norm(self.encoder.forward_layers(x)[-1])[:, 1:]
 
     def forward(self, imgs, target, mask):
         """target: codes (B, N) long, or pixels (B, N, P). -> loss, share of codes that are predicted right.
@@ -98,7 +100,7 @@ class BEiT(nn.Module):
 
     def features(self, imgs):
         """(B, 3, H, W) -> (B, D): mean of the patch tokens, three quarters up the encoder"""
-        outputs = self.encoder.forward_layers(imgs)
+        outputs = self.encoder.forward_layers(self.encoder.patch_embed(imgs))
         return outputs[round(0.75 * len(outputs)) - 1][:, 1:].mean(1)
 
 

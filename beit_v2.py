@@ -309,12 +309,13 @@ def tokenizer_pictures(model, teacher, imgs, counts, path):
     pixels = (imgs + 1) / 2
     data.save_rows(path, {"image": pixels[:8], "cosine to\nthe teacher": near.unflatten(
         1, (model.grid, model.grid))}, f"features rebuilt from codes: mean cosine {near.mean():.3f}")
-    around, rows = data.patches_around(pixels, model.encoder.config["patch_size"]), {}
+    p, rows = model.encoder.config["patch_size"], {}
     for k in counts.argsort(descending=True)[:10].tolist():
         members = (ids.flatten() == k).nonzero()[:, 0]
         if len(members):
             picked = members[torch.linspace(0, len(members) - 1, min(12, len(members))).long()]
-            rows[f"code {k},\n{counts[k] / counts.sum():.1%} of all"] = around[picked]
+            rows[f"code {k},\n{counts[k] / counts.sum():.1%} of all"] = data.patches_around(
+                pixels, p, picked.tolist())
     data.save_rows(path.with_name("words.png"), rows,
                    f"patches (the middle third) of the commonest codes; {(counts > 0).sum()} of "
                    f"{len(counts)} codes are used")
@@ -448,7 +449,9 @@ class BEiTv2(nn.Module):
     def hidden_states(self, imgs, mask):
         """(B, 3, H, W), mask (B, N) bool -> patch tokens of encoder and branch (or None), (B, N, D) each"""
         encoder = self.encoder
-        outputs = encoder.forward_layers(imgs, mask, self.mask_token)
+        x = encoder.patch_embed(imgs)                                                       # (B, N, D)
+        x = torch.where(mask[:, :, None], self.mask_token.to(x.dtype), x)
+        outputs = encoder.forward_layers(x)
         final = encoder.norm(outputs[-1])[:, 1:]
         if not len(self.cls_pt_layers):
             return final, None

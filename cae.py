@@ -136,7 +136,10 @@ class CAE(nn.Module):
 
     def encode(self, encoder, imgs, ids):
         """Some patches of the images: (B, 3, H, W), ids (B, n) -> latents (B, n, D), no class token"""
-        x = encoder.forward_visible(imgs, ids)[:, 1:]                                       # (B, n, C)
+        patches, pos = patches_of(imgs, encoder.config["patch_size"]), encoder.pos_embed    # (B, N, P), ...
+        x = encoder.patch_embed.embed(take(patches, ids)) + pos[0, 1:][ids]                 # (B, n, C)
+        x = torch.cat([(encoder.cls_token + pos[:, :1]).expand(len(x), -1, -1), x], 1)
+        x = encoder.norm(encoder.forward_blocks(x)[-1])[:, 1:]
         return self.encoder_to_decoder_norm(self.encoder_to_decoder(x))
 
     def regress(self, visible, ids_visible, ids_hidden):

@@ -925,16 +925,17 @@ class FileCrops(torch.utils.data.Dataset):
     A random image, another in every epoch, takes the place of an unreadable one; label -1: none does."""
 
     def __init__(self, source, views):
-        self.source, self.views = source, [view for view in views for _ in range(view.count)]
+        self.paths = np.array([os.fsencode(path) for path in source.imgs])  # one object, which workers share
+        self.labels, self.views = source.labels, [view for view in views for _ in range(view.count)]
 
     def __getitem__(self, key):
         (index, *_), rng = key, random.Random(str(key))         # the crop depends on these numbers alone
         other, wrong = index, ""
         for _ in range(100):
-            crops = tried(lambda path: crop_file(path, self.views, rng), self.source.imgs[other])
+            crops = tried(lambda path: crop_file(path, self.views, rng), os.fsdecode(self.paths[other]))
             if not isinstance(crops, str):
-                return crops, self.source.labels[other], index, wrong
-            other, wrong = rng.randrange(len(self.source)), wrong or crops
+                return crops, self.labels[other], index, wrong
+            other, wrong = rng.randrange(len(self.paths)), wrong or crops
         crops = [torch.zeros(3, view.size, view.size, dtype=torch.uint8) for view in self.views]
         return crops, torch.tensor(-1), index, wrong
 
@@ -1903,10 +1904,12 @@ def some_images(args, source, n=8, view=None):
     return inputs if view else inputs[0]
 
 
-def patches_around(imgs, p):
-    """Every p x p patch with its surroundings: (n, 3, H, W) -> (n N, 3, 3p, 3p), its edge repeated"""
-    around = F.unfold(F.pad(imgs, (p,) * 4, mode="replicate"), 3 * p, stride=p)               # (n, 27 p p, N)
-    return around.transpose(1, 2).reshape(-1, 3, 3 * p, 3 * p)
+def patches_around(imgs, p, which):
+    """Patches `which`, k numbers below n N, in their surroundings: (n, 3, H, W) -> (k, 3, 3p, 3p)"""
+    grid = imgs.shape[3] // p
+    imgs = F.pad(imgs[[i // grid ** 2 for i in which]], (p,) * 4, mode="replicate")
+    corners = [(i % grid ** 2 // grid * p, i % grid * p) for i in which]
+    return torch.stack([img[:, y:y + 3 * p, x:x + 3 * p] for img, (y, x) in zip(imgs, corners)])
 
 
 # ---- what shows how a vocabulary is doing ----

@@ -142,6 +142,13 @@ class Network(nn.Module):
         self.encoder, self.head = encoder, head
         encoder.config["pos_offset"] = 0.1                      # as DINO interpolates positions for crops
 
+    def tokens(self, imgs, mask=None, masked_embed=None):
+        """(n, 3, H, W), mask (n, N) bool or None -> tokens after the last norm, (n, 1 + N, D)"""
+        x = self.encoder.patch_embed(imgs)                                                      # (n, N, D)
+        if mask is not None:  # before the positions are added
+            x = torch.where(mask[:, :, None], masked_embed.to(x.dtype), x)
+        return self.encoder.norm(self.encoder.forward_layers(x)[-1])
+
 
 # ---- the losses ----
 
@@ -183,7 +190,7 @@ class IBOT(nn.Module):
         weight = (mask / (count * len(mask))).flatten()[ids]                                # (M,)
 
         with torch.no_grad():
-            x = self.teacher.encoder.forward_features(imgs)                                 # (G B, 1 + N, D)
+            x = self.teacher.tokens(imgs)                                                   # (G B, 1 + N, D)
             with torch.autocast(x.device.type, enabled=False):
                 z = self.teacher.head.unit(x.float())                                       # (G B, 1 + N, E)
                 t_cls = self.teacher.head.last_layer(z[:, 0])                               # (G B, K)
@@ -193,11 +200,10 @@ class IBOT(nn.Module):
                 q = ((t_cls - self.centre) / temp).softmax(-1).unflatten(0, (G, B))         # (G, B, K)
                 q_patch = ((t_patch - self.patch_centre) / patch_temp).softmax(-1)          # (M, K')
 
-        encoder = self.student.encoder
-        x = encoder.forward_features(imgs, mask, self.masked_embed)                         # (G B, 1 + N, D)
+        x = self.student.tokens(imgs, mask, self.masked_embed)                              # (G B, 1 + N, D)
         rows = [x[:, 0], x[:, 1:].flatten(0, 1)[ids]]
         if local_crops:
-            rows.append(encoder.features(torch.cat(local_crops)))                           # (L B, D)
+            rows.append(self.student.tokens(torch.cat(local_crops))[:, 0])                  # (L B, D)
         with torch.autocast(x.device.type, enabled=False):
             z = self.student.head.unit(torch.cat(rows).float())  # all rows at once
             z_cls, z_patch, *z_local = z.split([len(row) for row in rows])
@@ -264,16 +270,18 @@ def pictures(model, imgs, source, path):
     model.eval()
     encoder = model.teacher.encoder
     attention_pictures(encoder, imgs[:8], source, path)
-    logits = torch.cat([model.teacher.head(encoder.forward_features(part))[1] for part in imgs.split(100)])
+    logits = torch.cat([model.teacher.head(model.teacher.tokens(part))[1] for part in imgs.split(100)])
     model.train()
-    around = data.patches_around(data.to_pixels(imgs, source), encoder.config["patch_size"])
+    pixels, p = data.to_pixels(imgs, source), encoder.config["patch_size"]
     sure, prototype = (t.flatten().cpu() for t in logits.softmax(-1).max(-1))               # (n N,) each
     rows, of_image = {}, torch.arange(len(prototype)) // logits.shape[1]
-    for k in prototype.bincount().argsort(descending=True)[:10].tolist():
+    found, counts = prototype.unique(return_counts=True)
+    for k in found[counts.argsort(descending=True)][:10].tolist():
         members, best = (prototype == k).nonzero()[:, 0], {}    # image -> its surest patch
         for i in members[sure[members].argsort(descending=True)].tolist():
             best.setdefault(of_image[i].item(), i)
-        rows[f"prototype {k},\n{len(members)} patches"] = around[list(best.values())[:12]]
+        rows[f"prototype {k},\n{len(members)} patches"] = data.patches_around(
+            pixels, p, list(best.values())[:12])
     data.save_rows(path.with_name("vocabulary.png"), rows,
                    "patches (the middle third) of the commonest prototypes")
 

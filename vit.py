@@ -115,23 +115,13 @@ class ViT(nn.Module):
             outputs.append(x)
         return outputs
 
-    def forward_layers(self, imgs, mask=None, mask_token=None):
-        """(B, 3, H, W) -> the output of every block, with the mask token for the patches of a mask (B, N)"""
-        x = self.patch_embed(imgs)                                                          # (B, N, D)
-        if mask is not None:  # before the positions are added
-            x = torch.where(mask[:, :, None], mask_token.to(x.dtype), x)
+    def forward_layers(self, x):
+        """Embedded patches (B, N, D), all of them -> the output of every block: a list of (B, 1 + N, D)"""
         return self.forward_blocks(self.add_cls_and_pos(x))
 
-    def forward_features(self, imgs, mask=None, mask_token=None):
+    def forward_features(self, imgs):
         """(B, 3, H, W) -> tokens of the last block, after `norm` if there is one: (B, 1 + N, D)."""
-        return self.norm(self.forward_layers(imgs, mask, mask_token)[-1])
-
-    def forward_visible(self, imgs, ids):
-        """Of some patches only, ids (B, V), picked before they are embedded: -> tokens (B, 1 + V, D)"""
-        patches, pos = patches_of(imgs, self.patch_embed.patch_size), self.pos_embed        # (B, N, P), ...
-        x = self.patch_embed.embed(take(patches, ids)) + pos[0, 1:][ids]                    # (B, V, D)
-        x = torch.cat([(self.cls_token + pos[:, :1]).expand(len(x), -1, -1), x], 1)
-        return self.norm(self.forward_blocks(x)[-1])
+        return self.norm(self.forward_layers(self.patch_embed(imgs))[-1])
 
     def features(self, imgs):
         """What the classifier reads, (B, D): the class token, or `fc_norm` of the mean of the patches."""
@@ -175,6 +165,17 @@ def drop_path(x, rate):
     return x * keep.to(x.dtype) / (1 - rate)
 
 
+def attend(q, k, v, bias=None):
+    """softmax(q k^T / sqrt(d) + bias) v: q (B, H, m, d), k, v (B, H, n, d), bias (1, H, m, n) -> (B, H, m, d)
+
+    Written out for bfloat16 on a CPU, where the backward pass of torch's kernel is half of a training step."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)                           # (B, H, m, n)
+        scores = scores if bias is None else scores + bias
+        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(d) + bias) v; qkv holds q, k, v, each head by head."""
 
@@ -191,8 +192,7 @@ class Attention(nn.Module):
     def forward(self, x, bias=None):
         """(B, n, D) -> (B, n, D)"""
         q, k, v = self.heads(x)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -211,8 +211,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, q, k, v):
         """(B, m, D), (B, n, D), (B, n, D) -> (B, m, D)"""
-        x = F.scaled_dot_product_attention(*self.heads(q, k, v))                            # (B, H, m, d)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.proj(attend(*self.heads(q, k, v)).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Sequential):
@@ -618,7 +617,7 @@ class Probes(nn.ModuleDict):
 def probed_layers(args, encoder, imgs):
     """What the probes read, float32: the encoder's output; with --layers all the blocks' before it."""
     with torch.no_grad(), data.autocast(args):
-        outputs = encoder.forward_layers(imgs)
+        outputs = encoder.forward_layers(encoder.patch_embed(imgs))
         final = encoder.norm(outputs[-1])
     return [tokens.float() for tokens in [*outputs * (args.layers == "all"), final]]
 

@@ -735,7 +735,7 @@ def test_patches_come_with_their_surroundings():
     the pixels at the border repeated; a picture may be a single patch."""
     for side, p in ((12, 4), (12, 12)):
         imgs, g = noise_images(2, side, side), side // p
-        found = data.patches_around(imgs, p)
+        found = data.patches_around(imgs, p, range(2 * g * g))
         assert found.shape == (2 * g * g, 3, 3 * p, 3 * p)
         repeated = [min(max(i, 0), side - 1) for i in range(-p, side + p)]
         for n, (b, row, col) in enumerate(np.ndindex(2, g, g)):

@@ -51,10 +51,9 @@ def test_official_encoder(golden, close):
     vit = ViT(img_size=32, patch_size=4, embed_dim=48, depth=3, num_heads=3)
     vit.load_state_dict(weights)
     network = ibot.Network(vit, nn.Identity())
-    tokens, mask = network.encoder.forward_features, arrays["mask"].flatten(1)
-    close(tokens(arrays["images"], mask, masked_embed), arrays["tokens_masked"])
-    close(tokens(arrays["images"]), arrays["tokens_plain"])
-    close(tokens(arrays["local"]), arrays["tokens_local"])
+    close(network.tokens(arrays["images"], arrays["mask"].flatten(1), masked_embed), arrays["tokens_masked"])
+    close(network.tokens(arrays["images"]), arrays["tokens_plain"])
+    close(network.tokens(arrays["local"]), arrays["tokens_local"])
     for size in (16, 24, 48):
         close(interpolate_pos_embed(vit.pos_embed, size // 4, 0.1)[:, :, :8], arrays[f"pos_{size}x{size}"])
 
@@ -107,9 +106,9 @@ def test_official_losses_centres_and_gradients(case, epoch, golden, close):
     for call in range(len(wanted)):
         leaves = [arrays[f"student_{name}"][call].requires_grad_() for name in ("cls", "patch", "local")]
         whole, small = as_tokens(*leaves[:2]), as_tokens(leaves[2])
-        model.student.encoder.forward_features = lambda imgs, *masks: whole if len(imgs) == 8 else small
-        model.teacher.encoder.forward_features = lambda imgs: as_tokens(
-            arrays["teacher_cls"][call], arrays["teacher_patch"][call])
+        model.student.tokens = lambda imgs, *masks: whole if len(imgs) == 8 else small
+        model.teacher.tokens = lambda imgs: as_tokens(arrays["teacher_cls"][call],
+                                                      arrays["teacher_patch"][call])
         loss, logs, means = model(crops, [] if case == "nolocal" else local,
                                   masks[call] & (case != "nomask"), *map(torch.tensor, temps))
         loss.backward()
@@ -154,10 +153,9 @@ def test_the_whole_step_against_the_plain_computation(shared, local_crops, close
     crops, local, mask = batch(local_crops=local_crops)
     loss, logs, means = model(crops, local, mask, *TEMPS)
     imgs, B = torch.cat(crops), 4
-    tokens = model.student.encoder.forward_features
-    t_cls, t_patch = model.teacher.head(model.teacher.encoder.forward_features(imgs))
-    s_cls, s_patch = model.student.head(tokens(imgs, mask, model.masked_embed))
-    students = list(s_cls.split(B)) + [model.student.head(tokens(x))[0] for x in local]
+    t_cls, t_patch = model.teacher.head(model.teacher.tokens(imgs))
+    s_cls, s_patch = model.student.head(model.student.tokens(imgs, mask, model.masked_embed))
+    students = list(s_cls.split(B)) + [model.student.head(model.student.tokens(x))[0] for x in local]
     q, log_p = ((t_cls - model.centre) / TEMPS[0]).softmax(-1), [(s / 0.1).log_softmax(-1) for s in students]
     on_cls = [-(q.split(B)[u] * log_p[v]).sum(-1).mean()
               for u in range(2) for v in range(len(students)) if u != v]
@@ -297,8 +295,7 @@ def test_logged_diagnostics_by_hand(close):
     """Entropy of the teacher, KL to the student, entropy of the mean, share of prototypes that win."""
     model, (crops, local, mask) = tiny_ibot(), batch()
     _, logs, _ = model(crops, local, mask, *TEMPS)
-    tokens = model.teacher.encoder.forward_features(torch.cat(crops))
-    q = ((model.teacher.head(tokens)[0] - model.centre) / 0.04).softmax(-1)
+    q = ((model.teacher.head(model.teacher.tokens(torch.cat(crops)))[0] - model.centre) / 0.04).softmax(-1)
     H = -(q * q.log()).sum(-1).mean()
     close(logs["entropy"], H)
     close(logs["kl"], logs["cls"].detach() - H, 1e-4)

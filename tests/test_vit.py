@@ -471,3 +471,23 @@ def test_probe_norm_and_features():
         probe = vit.Probe(feature, 12, 10).train()
         z = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-6).sqrt()
         assert torch.allclose(probe(tokens), z @ probe.head.weight.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", (False, True))
+def test_attention_written_out_for_bfloat16_on_a_cpu(bias):
+    """`attend`: as near to float64 as torch's own kernel is, values and gradients, with a bias and without."""
+    torch.manual_seed(0)
+    wide = [torch.randn(2, 3, n, 16, dtype=torch.float64) for n in (5, 9, 9)]
+    table = torch.randn(1, 3, 5, 9, dtype=torch.float64) if bias else None
+
+    def with_gradients(function, dtype):
+        q, k, v = (x.to(dtype).requires_grad_() for x in wide)
+        out = function(q, k, v, None if table is None else table.to(dtype))
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    def plain(q, k, v, b):
+        return (q @ k.mT / 4 + (0 if b is None else b)).softmax(-1) @ v
+    exact = with_gradients(plain, torch.float64)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for found, wanted in zip(with_gradients(vit.attend, dtype), exact):
+            assert found.dtype == dtype and (found - wanted).norm() < tolerance * wanted.norm()
