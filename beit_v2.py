@@ -141,9 +141,7 @@ class Quantizer(nn.Module):
 
 def spherical_kmeans(u, num_codes, iterations=10):
     """Unit vectors (n, E) -> unit means (K, E), started at random rows; an empty cluster keeps its mean."""
-    n = len(u)
-    rows = torch.randperm(n, device=u.device) if n >= num_codes else torch.randint(
-        n, (num_codes,), device=u.device)
+    rows = torch.randperm(max(len(u), num_codes), device=u.device) % len(u)     # some twice if u are too few
     means = u[rows[:num_codes]]
     for _ in range(iterations):
         sums = torch.zeros_like(means).index_add_(0, (u @ means.T).argmax(1), u)

@@ -1664,13 +1664,9 @@ class Shell(dict):
                 self[name] = value
 
 
-def rebuild(numbers, offset, size, stride, *rest):
-    return numbers.as_strided(size, stride, offset)
-
-
 BUILDERS = {  # all that a pickle may have called
-    "OrderedDict": OrderedDict, "_rebuild_tensor": rebuild, "_rebuild_tensor_v2": rebuild,
-    "_rebuild_parameter": lambda tensor, *rest: tensor,
+    "OrderedDict": OrderedDict, "_rebuild_parameter": lambda tensor, *rest: tensor,
+    "_rebuild_tensor": lambda numbers, offset, size, stride, *rest: numbers.as_strided(size, stride, offset),
     "ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.empty(0).__reduce__()[0],
     "encode": lambda text, encoding: text.encode(encoding)}     # how Python 3 pickles the bytes of an array
 
@@ -1696,7 +1692,7 @@ class SafeUnpickler(pickle.Unpickler):
         kind = {"ByteStorage": "uint8", "CharStorage": "int8"}.get(name, name.removesuffix("Storage").lower())
         if module == "torch" and isinstance(dtype := getattr(torch, kind, 0), torch.dtype):
             return dtype
-        return BUILDERS.get(name) or type(name, (Shell,), {"__module__": module})
+        return BUILDERS.get(name.removesuffix("_v2")) or type(name, (Shell,), {"__module__": module})
 
 
 def fill(raw, stream):

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from vit import cosine_lr, half_cosine, official_state, param_groups, renamed, set_lr, update_ema
+from vit import cosine_lr, half_cosine, param_groups, renamed, set_lr, update_ema
 
 RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (DALL-E's); meaning; range
     "model":            (("micro", "micro", "tiny", "base"), "sets n_hid, vocab", ("micro", "tiny", "base")),
@@ -230,8 +230,9 @@ def load_dalle(path, grid):
     with data.reading(path, "DALL-E's encoder, beside its decoder"):
         for part in ("encoder", "decoder"):
             file = Path(path).with_name(Path(path).name.replace("encoder", part))
-            state |= renamed(official_state(data.load_file(file, "blocks.input.w")),
-                             {r"\.w$": ".weight", r"\.b$": ".bias", "^": f"{part}."})
+            names = {r"\.w$": ".weight", r"\.b$": ".bias", "^": f"{part}."}
+            found = renamed(data.load_file(file, "blocks.input.w"), names)
+            state |= {name: value.float() for name, value in found.items()}
         n_hid, vocab, n_init = (len(state[f"{name}.bias"]) for name in (
             "encoder.blocks.input", "encoder.blocks.output.conv", "decoder.blocks.input"))
         n_groups = len({name.split(".")[2] for name in state if "encoder.blocks.group_" in name})

@@ -276,29 +276,25 @@ def take(x, ids):
 
 
 class RelPosBias(nn.Module):
-    """A table of attention biases by relative position, gathered for token pairs. () -> (1, H, 1+N, 1+N)"""
+    """A table of attention biases by relative position, gathered for token pairs. () -> (1, H, 1+N, 1+N)
+
+    Tokens are [cls, patches in raster order] (BEiT). Query i and key j read the row
+    (row_i - row_j + g - 1) * (2g - 1) + (col_i - col_j + g - 1) of the table; its last three rows, of
+    (2g - 1)^2 + 3, stand for cls -> patch, patch -> cls and cls -> cls."""
 
     def __init__(self, grid, num_heads):
         super().__init__()
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2 + 3, num_heads))
-        self.register_buffer("relative_position_index", relative_position_index(grid), persistent=False)
+        first, place = (2 * grid - 1) ** 2, torch.arange(grid)
+        rows, cols = place.repeat_interleave(grid), place.repeat(grid)                      # (N,)
+        between = (rows[:, None] - rows + grid - 1) * (2 * grid - 1) + (cols[:, None] - cols + grid - 1)
+        index = F.pad(between, (1, 0, 1, 0))                                                # (1+N, 1+N)
+        index[0, :], index[:, 0] = first, first + 1
+        index[0, 0] = first + 2                                 # cls -> cls, so last
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(first + 3, num_heads))
+        self.register_buffer("relative_position_index", index, persistent=False)
 
     def forward(self):
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
-
-
-def relative_position_index(grid):
-    """Row of the bias table for each pair of tokens [cls, patches in raster order] (BEiT). -> (1+N, 1+N) long
-
-    Query i, key j: (row_i - row_j + g - 1) * (2g - 1) + (col_i - col_j + g - 1); the last three rows of the
-    table, of (2g - 1)^2 + 3, stand for cls -> patch, patch -> cls and cls -> cls."""
-    place = torch.arange(grid)
-    rows, cols = place.repeat_interleave(grid), place.repeat(grid)                          # (N,)
-    between = (rows[:, None] - rows + grid - 1) * (2 * grid - 1) + (cols[:, None] - cols + grid - 1)
-    index, first = F.pad(between, (1, 0, 1, 0)), (2 * grid - 1) ** 2
-    index[0, :], index[:, 0] = first, first + 1                 # cls -> patch, patch -> cls
-    index[0, 0] = first + 2                                     # cls -> cls, so last
-    return index
 
 
 def sincos_pos_embed(embed_dim, grid):

@@ -89,7 +89,7 @@ def test_official_positions(golden, close):
     tables = golden("vit_beit")
     for grid in (6, 12):
         close(vit.interpolate_rel_pos(tables[f"interp_8to{grid}_in"], grid), tables[f"interp_8to{grid}_out"])
-    assert torch.equal(vit.relative_position_index(2), tables["index_2x2"].long())
+    assert torch.equal(vit.RelPosBias(2, 1).relative_position_index, tables["index_2x2"].long())
 
 
 def test_official_attentive_block(golden, close):
@@ -264,7 +264,7 @@ def test_sincos_positions_against_loops():
 
 def test_relative_index_against_loops():
     """Equal offsets share a row, different ones do not, and the class token has three rows of its own."""
-    g, index = 4, vit.relative_position_index(4)
+    g, index = 4, vit.RelPosBias(4, 1).relative_position_index
     seen = {}
     for i in range(g * g):
         for j in range(g * g):
@@ -491,3 +491,16 @@ def test_attention_written_out_for_bfloat16_on_a_cpu(bias):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         for found, wanted in zip(with_gradients(vit.attend, dtype), exact):
             assert found.dtype == dtype and (found - wanted).norm() < tolerance * wanted.norm()
+
+
+def test_probes_and_stems_that_cannot_be(capsys):
+    """--stem conv with 6 px patches, probes on one image a part: a sentence; twins among --blrs are one."""
+    alone = argparse.Namespace(batch_size=4, accum_steps=4, mode="linear", layers="last", optimizer="sgd",
+                               blrs=[0.1, 0.10000001, 1.0])
+    for call, words in ((lambda: vit.PatchEmbed(6, 16, "conv"), "power of two as --patch_size, not 6"),
+                        (lambda: vit.probe(alone, None, None, None), "--batch_size 4 leaves one image a part")):
+        with pytest.raises(SystemExit):
+            call()
+        assert words in capsys.readouterr().err
+    probes, optimizer = vit.make_probes(alone, tiny_vit(), 10)
+    assert list(probes) == ["cls 0_1", "mean 0_1", "cls 1", "mean 1"] and len(optimizer.param_groups) == 4
