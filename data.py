@@ -61,7 +61,7 @@ from PIL import Image, ImageOps
 SIDES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "imagenet": 224}   # pixels
 OTHERS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF")  # Pillow reads these by other programs or not
 ENDINGS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind not in OTHERS)
-FORMATS = [kind for kind in Image.ID if kind not in OTHERS]     # of a file's content, whatever its ending
+FORMATS = ["JPEG", *(kind for kind in Image.ID if kind not in OTHERS)]  # tried in turn, whatever its ending
 STATS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
          "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
          "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
@@ -894,7 +894,7 @@ def crop_in_memory(imgs, views):
 def crop_file(path, views, rng=random):
     """The crops of one image file, (3, s, s) uint8. A JPEG is decoded no larger than they need (`draft`)."""
     boxes, crops, turn = [], [], 1
-    with Image.open(path, formats=["JPEG", *FORMATS]) as img:   # they are tried in this order
+    with Image.open(path, formats=FORMATS) as img:
         with contextlib.suppress(Exception):                    # of damaged EXIF data
             turn = -1 if img.format != "TIFF" and img.getexif().get(274) in (5, 6, 7, 8) else 1
         W, H = img.size[::turn]                                 # after turning, as a TIFF's are already

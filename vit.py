@@ -166,7 +166,7 @@ def drop_path(x, rate):
 
 
 def attend(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(d) + bias) v: q (B, H, m, d), k, v (B, H, n, d), bias (1, H, m, n) -> (B, H, m, d)
+    """softmax(q k^T / sqrt(d) + bias) v: q (B, H, m, d), k, v (B, H, n, d), bias (1, H, m, n) -> as q
 
     Written out for bfloat16 on a CPU, where the backward pass of torch's kernel is half of a training step."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":

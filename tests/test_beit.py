@@ -249,7 +249,7 @@ def test_one_batch_is_overfitted(options):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
+    assert sorted(losses[-5:])[2] < 0.8 * sorted(losses[:5])[2], losses     # medians: a step may go wrong
 
 
 # ---- the tokenizer of a run ----

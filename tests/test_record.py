@@ -54,7 +54,13 @@ def measure(name):
 
 def measure_all(folder):
     os.chdir(folder)
-    return {name: measure(name) for name in COMMANDS}
+    return {name: measure(name) for name in COMMANDS} | {"drawn": drawn()}
+
+
+def drawn():
+    """What this torch draws for initial weights: it may change from one version to the next."""
+    torch.manual_seed(0)
+    return torch.nn.init.trunc_normal_(torch.empty(8)).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +76,10 @@ def measured(tmp_path_factory):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_twelve_steps_are_those_of_the_record(name, measured):
     """Losses and weights to 1e-4 (processors round differently), evaluations to one image of 41."""
-    found, wanted = measured[name], json.loads(FILE.read_text())[name]
+    record = json.loads(FILE.read_text())
+    found, wanted = measured[name], record[name]
+    if drawn() != pytest.approx(record["drawn"]):
+        pytest.skip("this version of torch draws other initial weights than the one that made the record")
     assert len(found["losses"]) == 12
     assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-4, abs=1e-5)
     assert found["weights"] == pytest.approx(wanted["weights"], rel=1e-4, abs=1e-3)
