@@ -1811,7 +1811,8 @@ def load_checkpoint(args, **parts):
         if isinstance(part, torch.optim.Optimizer):             # a parameter's state: a step, tensors like it
             groups = [{"params": group["params"]} for group in wanted["param_groups"]]
             expect(path, found, {"state": {}, "param_groups": groups}, name)
-            keys = {key for state in found["state"].values() if isinstance(state, dict) for key in state}
+            adam = isinstance(part, torch.optim.AdamW)          # else SGD with momentum, or LARS
+            keys = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
             parameters = enumerate(p for group in part.param_groups for p in group["params"])
             wanted["state"] = {i: {key: torch.tensor(0) if key == "step" else p for key in keys}
                                for i, p in parameters if i in found["state"]}

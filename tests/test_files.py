@@ -465,6 +465,8 @@ LASTS = (
     (put("optimizer", "state", 1, "step", to="x"), "optimizer.state.1.step"),
     (put("optimizer", "state", 1, "step", to=lambda v: torch.ones(3)), "optimizer.state.1.step"),
     (put("optimizer", "state", 1, to=None), "optimizer.state.1"),
+    (put("optimizer", "state", to=lambda v: {i: {"step": s["step"]} for i, s in v.items()}),
+     "optimizer.state.0.exp_avg"),
 )
 
 
