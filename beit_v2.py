@@ -497,9 +497,6 @@ def pictures(model, tokenizer, views, mask, source, path):
 
 def pretrain(args):
     """Stage 2: masked prediction of the codes."""
-    data.check_masked(args)
-    if args.early_layer > SIZES[args.model]["depth"]:
-        data.stop(f"--early_layer {args.early_layer} must lie between 1 and {SIZES[args.model]['depth']}")
     device = data.setup(args)
     train_set, val_set = data.load_sets(args)
     path = args.tokenizer or f"out/beit_v2-tokenizer-{Path(args.data).name}/tokenizer.pt"
@@ -564,8 +561,15 @@ def pretrain(args):
 
 # ---- the script ----
 
+def check_flags(args):
+    """One sentence for flags of stage 2 that do not go together."""
+    data.check_masked(args)
+    if args.early_layer > SIZES[args.model]["depth"]:
+        data.stop(f"--early_layer {args.early_layer} must lie between 1 and {SIZES[args.model]['depth']}")
+
+
 def main():
-    words = sys.argv[1:]
+    words, runs = sys.argv[1:], []
     early = data.early_flags(words, stage=("both", "tokenizer", "pretrain"))
     stage = early.stage or data.resumed_flags(early, early.output_dir).get("stage", "both")
     if stage == "both" and early.init:
@@ -587,7 +591,12 @@ def main():
             typed += ["--resume"] * Path(output_dir, "args.json").exists()
         else:
             tables = tables[1:]
-        work(data.parse_args(__doc__, SHARED, *tables, words=typed, folder=folder))
+        args = data.parse_args(__doc__, SHARED, *tables, words=typed, folder=folder)
+        if this == "pretrain":
+            check_flags(args)
+        runs.append((work, args))
+    for work, args in runs:                                     # not before the flags of both are right
+        work(args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import atexit
 import contextlib
 import functools
-import glob
 import hashlib
 import http.client
 import importlib.util
@@ -33,6 +32,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
@@ -90,17 +90,17 @@ ARCHIVES = {
 def stop(message):
     """End the program with one sentence and exit status 2: a user's mistake or a damaged file, its remedy."""
     message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)     # names are other people's
-    print(f"\n{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"\n{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def say(text, end="\n", stream="stdout"):
     """Print on one of the ranks, at once. If nobody listens any more (`| head -1`), the run goes on."""
     if rank() == 0:
-        text = text.encode(errors="backslashreplace").decode()  # names may hold any bytes
         try:
             print(text, end=end, file=getattr(sys, stream), flush=True)
-        except BrokenPipeError:
+        except OSError:                                         # a closed pipe, a full disk
             os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, stream).fileno())
 
 
@@ -388,7 +388,7 @@ def to_rgb(img):
 
 def open_rgb(path):
     """A whole image file as (3, H, W) uint8."""
-    with Image.open(path, formats=FORMATS) as img:
+    with Image.open(regular(path), formats=FORMATS) as img:
         return torch.from_numpy(np.array(to_rgb(img))).permute(2, 0, 1)
 
 
@@ -402,6 +402,26 @@ def pixel_stats(imgs):
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
+def walk(root):
+    """The files below a folder, sorted, without names that begin with a dot; not through a link to a folder
+    that holds it. Raises OSError if a folder cannot be read."""
+    def unreadable(error):
+        raise error
+    for folder, inner, files in os.walk(root, onerror=unreadable, followlinks=True):
+        here = os.path.realpath(folder) + os.sep
+        inner[:] = sorted(name for name in inner if name[0] != "." and not here.startswith(
+            os.path.join(os.path.realpath(os.path.join(folder, name)), "")))
+        yield from (os.path.join(folder, name) for name in sorted(files) if name[0] != ".")
+
+
+def regular(path):
+    """-> path. Raises ValueError if that is a pipe or a device, which may have no end."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        raise ValueError("it is a pipe or a device")
+    return path
+
+
 def scan_folder(root, classes=None):
     """Pictures at any depth below root/<class>, sorted; in root, of a class "", if it holds no folders.
 
@@ -409,18 +429,21 @@ def scan_folder(root, classes=None):
     if not root.is_dir():
         stop(f"there is no folder {root}: --data takes {', '.join(SIDES)}, or a folder that holds "
              f"train/<class>/*.jpg and val/<class>/*.jpg (without val/: add --holdout 1000, say)")
-    names = glob.glob("*", root_dir=root)                       # without names that begin with a dot
-    found = sorted(name for name in names if (root / name).is_dir()) or [""]
+    paths = [os.path.relpath(path, root) for path in walk(root)]
+    if not paths:
+        stop(f"{root} is empty: it should hold <class>/*.jpg")
+    found = sorted({path.split(os.sep)[0] for path in paths if os.sep in path} | {
+        path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}) or [""]
     if classes is not None and (unknown := sorted(set(found) - set(classes))):
         stop(f"{root / unknown[0]} is a class that the training images do not have: remove it, or add its "
              f"training images" if any(unknown) else
              f"{root} is flat: move each image into {root}/<class>/, with the names of the training classes")
     classes, files, left_out = classes or found, {name: [] for name in found}, Counter()
-    for path in sorted(glob.iglob("**", root_dir=root, recursive=True)):
+    for path in paths:
         name = path.split(os.sep)[0] if any(found) else ""
         if name in files and path.lower().endswith(ENDINGS):
             files[name].append(os.path.join(root, path))
-        elif (root / path).is_file():
+        else:
             left_out[os.path.splitext(path)[1] or "others"] += 1
     if empty := [name for name in found if not files[name]]:
         stop(f"{root / empty[0]} holds no images that Pillow reads: fill it or remove it")
@@ -466,7 +489,10 @@ def load_sets(args):
         source.classes = [name.encode(errors="backslashreplace").decode() for name in source.classes]
     if len(sets[1]) < world_size():
         stop(f"{len(sets[1])} validation images are too few for {world_size()} ranks: take fewer ranks")
-    args.images = len(sets[0])
+    names = [list(map(os.path.basename, source.imgs)) if source.streamed else len(source) for source in sets]
+    about = repr((names, [source.labels.tolist() for source in sets], sets[0].classes))
+    checksum = zlib.crc32(about.encode(errors="backslashreplace"))
+    args.images = f"{len(sets[0])} (names and labels {checksum:08x})"
     return sets
 
 
@@ -894,7 +920,7 @@ def crop_in_memory(imgs, views):
 def crop_file(path, views, rng=random):
     """The crops of one image file, (3, s, s) uint8. A JPEG is decoded no larger than they need (`draft`)."""
     boxes, crops, turn = [], [], 1
-    with Image.open(path, formats=FORMATS) as img:
+    with Image.open(regular(path), formats=FORMATS) as img:
         with contextlib.suppress(Exception):                    # of damaged EXIF data
             turn = -1 if img.format != "TIFF" and img.getexif().get(274) in (5, 6, 7, 8) else 1
         W, H = img.size[::turn]                                 # after turning, as a TIFF's are already
@@ -1084,9 +1110,16 @@ def early_flags(words, **choices):
 def resumed_flags(early, output_dir):
     """The flags of the run that is to be continued, {} if there is none."""
     path = Path(output_dir or "", "args.json")
+    if not early.resume or not output_dir:
+        return {}
+    if not path.exists() and path.with_name("last.pt").exists():
+        stop(f"{path}, the flags of this run, is gone: restore it")
     with reading(path, "the flags of a run"):
-        found = early.resume and output_dir and path.exists()
-        return dict(json.loads(path.read_text())["flags"]) if found else {}
+        flags = dict(json.loads(path.read_text())["flags"]) if path.exists() else {}
+        data_name, model, column = (flags.get(name, COLUMNS[0]) for name in ("data", "model", "recipe"))
+        if not isinstance(data_name, str) or not isinstance(model, str) or column not in COLUMNS:
+            raise ValueError(f"--data {data_name} --model {model} --recipe {column}")
+        return flags
 
 
 def merge(*tables):
@@ -1105,11 +1138,11 @@ def side_of(data_name, most=100):
     if data_name in SIDES:
         return SIDES[data_name]
     sides = []
-    for folder, inner, files in os.walk(data_name, followlinks=True):
-        inner[:] = sorted(name for name in inner if name[0] != ".")
-        files = sorted(name for name in files if name[0] != "." and name.lower().endswith(ENDINGS))
-        for path in [Path(folder, name) for name in files[:5]]:
-            with contextlib.suppress(Exception), Image.open(path, formats=FORMATS) as img:
+    paths = walk(data_name) if os.path.isdir(data_name) else ()
+    pictures = (path for path in paths if path.lower().endswith(ENDINGS))
+    for _, paths in itertools.groupby(pictures, os.path.dirname):
+        for path in itertools.islice(paths, 5):                 # of each folder
+            with contextlib.suppress(Exception), Image.open(regular(path), formats=FORMATS) as img:
                 sides.append(min(img.size))
         if len(sides) >= most:
             break
@@ -1147,30 +1180,46 @@ def parse_args(doc, *recipe, words=None, folder=None):
               if isinstance(cell, dict) else cell for name, cell in cells.items()}
     pixels = (32, 4) if side < 48 else (64, 8) if side <= 96 else (224, 16)
     values |= dict(zip(("img_size", "patch_size"), pixels), data=data_name, recipe=column)
-    for name in values.keys() & kept.keys():
-        older = isinstance(values[name], list) and isinstance(kept[name], str)  # lists were "0,0.3" once
-        if not isinstance(values[name], (list, type(None))):
-            expect(Path(output_dir, "args.json"), kept[name], values[name], name)
-        values[name] = [float(word) for word in kept[name].split(",")] if older else kept[name]
 
     title = f"{doc}\nThe defaults below are those of the recipe {column} ({why})."
     parser = argparse.ArgumentParser(description=title, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: stop(f"{message} (see --help)")
     own = [name for name in rows if name not in common]
     for group, names in ({"method": own} | COMMON).items():
         box = parser.add_argument_group(group)
         for name in [name for name in names if name in rows]:
             add_flag(box, name, values[name], *rows[name][1:])
+    with reading(Path(output_dir, "args.json"), "the flags of a run"):
+        parser.error = fail
+        values |= vars(parser.parse_args(as_words(kept, values)))
+    parser.error = lambda message: stop(f"{message} (see --help)")
     typed = vars(parser.parse_args(words))
     args = argparse.Namespace(**values | typed | {"output_dir": output_dir, "resume": early.resume})
     if "lr" in typed or "blr" in typed:  # the typed one of the two wins over the recipe's
-        args.lr, args.blr = typed.get("lr", 0.0), typed.get("blr", 0.0)
-    args.flags = dict(vars(args))
+        args.lr, args.blr = typed.setdefault("lr", 0.0), typed.setdefault("blr", 0.0)
+    args.flags, args.typed = dict(vars(args)), set(typed)
     args.method, args.why, args.words = Path(folder).name, why, words
     args.lr = args.lr or args.blr * args.batch_size / 256
     check_together(args)
     return args
+
+
+def as_words(kept, values):
+    """The flags of args.json as a command line, for the parser; null is none, nor is a flag of old."""
+    words = []
+    for name, value in kept.items():
+        if name in values and value is not None:
+            if isinstance(values[name], list):
+                value = value.split(",") if isinstance(value, str) else map(str, value)
+                words += [f"--{name}", *value]
+            else:
+                switch = f"--{'no-' * (not value)}{name}"
+                words.append(switch if isinstance(value, bool) else f"--{name}={value}")
+    return words
+
+
+def fail(message):
+    raise ValueError(message)
 
 
 def add_flag(group, name, value, meaning, allowed=None):
@@ -1282,10 +1331,26 @@ def setup(args):
     if rank() == 0:
         with writing(folder):                                   # of two runs, one alone can make this folder
             (folder / "pictures").mkdir(parents=True, exist_ok=args.resume)
+        lock(folder)
         if not (args.resume and (folder / "args.json").exists()):
             save_args(args)
             atexit.register(tidy, folder)
     return torch.device(args.device)
+
+
+LOCKS = {}  # folder: the open file that keeps others out of it while this process lives
+
+
+def lock(folder):
+    """Exit with one sentence if another process is at work in this folder. (Windows has no such locks.)"""
+    if os.name == "posix" and (here := folder.resolve()) not in LOCKS:
+        fcntl, LOCKS[here] = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
+        atexit.register(lambda: os.close(LOCKS.pop(here)))
+        try:
+            fcntl.flock(LOCKS[here], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:                                # nor have some file systems
+            if isinstance(error, BlockingIOError):
+                stop(f"a run is at work in {folder}: wait for it, or stop it first")
 
 
 def tidy(folder):
@@ -1299,6 +1364,8 @@ def ignore_signals(worker):
     """What a worker does first: the run itself answers to a signal, saves, and ends its workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    for file in LOCKS.values():                                 # a worker may outlive a killed run
+        os.close(file)
 
 
 @atexit.register
@@ -1317,12 +1384,18 @@ FAULTS = {  # what to do about faults that are not the program's, by the words o
         "take fewer --num_workers, or give them memory (Docker: --ipc=host)",
     "[Cc]ompiler|[Ii]nductor|[Tt]riton|ptxas": "install a C++ compiler (gcc, clang), or add --no-compile",
     "NCCL|[Gg]loo|onnection|Store": "another rank or the network is gone: read what was said first",
+    "MASTER_ADDR|rendezvous": "start several ranks with torchrun",
     "Errno": "check the path, its permissions and the space on that disk",
 }
 
 
 def run(main):
     """What a script does: main(), where Ctrl-C and the faults of the machine end in one sentence, too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for name in ("stdout", "stderr"):                           # they may be closed, or know few letters
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
@@ -1459,6 +1532,7 @@ class Log:
         self.signal, self.stopping, self.saved = 0, False, True     # saved: nothing is lost if it ends here
         self.means, self.evaluated = {}, -1                     # what was logged last, steps evaluated last
         self.before, self.shown = 0.0, 0.0                      # seconds of the runs that this one resumes
+        lines = []
         if self.path.exists():  # what came after the checkpoint will be run again
             with reading(self.path, "a log"):                   # a kill may leave half a line at its end
                 lines = [json.loads(line) for line in self.path.read_text().split("\n")[:-1]]
@@ -1467,6 +1541,8 @@ class Log:
                 self.evaluated = max((line["step"] for line in lines if "images/s" not in line), default=-1)
             if rank() == 0:
                 save_atomically("".join(json.dumps(line) + "\n" for line in lines), self.path)
+        if start and not any(line["step"] == start and "images/s" in line for line in lines):
+            say(f"{self.path} lacks steps before {start}: the curves will, too")
         if args.resume and rank() == 0:
             save_args(args)                                     # not before last.pt has proved to fit
         self.began = self.window = self.asked = time.perf_counter()
@@ -1707,7 +1783,7 @@ def load_file(path, module=None):
     A pickled module or a TorchScript archive gives its tensors by name, if `module` is the name of one.
     Nothing of a file is executed: see SafeUnpickler. Raises: exits with one sentence if it is no such."""
     raws = {}
-    with reading(path, "a checkpoint"), open(path, "rb") as file:
+    with reading(path, "a checkpoint"), open(regular(path), "rb") as file:
         head = file.read(64)
         file.seek(0)
         if b"l\xfc\x9cF\xf9 j\xa8P\x19" in head:                    # the magic number of torch.save
@@ -1744,8 +1820,12 @@ def read_safetensors(file):
     header, state = json.loads(file.read(int.from_bytes(file.read(8), "little"))), {}
     start, full = file.tell(), str.maketrans({"F": "float", "I": "int", "U": "uint"})       # BF16 -> bfloat16
     header.pop("__metadata__", None)
-    for name, about in header.items():
+    at = 0
+    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = about["data_offsets"]
+        if begin != at:
+            raise ValueError(f"{name} begins at byte {begin}, not {at}")
+        at = end
         raw, dtype = torch.empty(end - begin, dtype=torch.uint8), about["dtype"].translate(full).lower()
         file.seek(start + begin)
         fill(raw, file)
@@ -1757,7 +1837,8 @@ def like(value):
     """What `expect` compares, in words: the shape of a tensor, the length of a list, else the type"""
     if torch.is_tensor(value):
         broken = not value.is_meta and not value.isfinite().all()
-        return f"{tuple(value.shape)}{' with nan or inf' * broken}"
+        kind = "" if value.is_floating_point() else f" {value.dtype}"
+        return f"{tuple(value.shape)}{kind}{' with nan or inf' * broken}"
     if isinstance(value, (list, tuple)):
         return f"{len(value)} values"
     strange = type(value) in (int, float) and not 0 <= value < math.inf
@@ -1796,16 +1877,24 @@ def load_checkpoint(args, **parts):
     """Bring `parts` to the state of last.pt if --resume is given. -> updates already made, 0 for a new run"""
     path = Path(args.output_dir) / "last.pt"
     if not args.resume or not path.exists():
-        if args.resume:
+        log = path.with_name("log.jsonl")
+        if args.resume and (path.is_symlink() or log.exists() and re.search(
+                r'^{"step": [1-9](?!.*images/s)', log.read_text(errors="replace"), re.MULTILINE)):
+            stop(f"{path} is gone: restore it, or begin a new run in another --output_dir")
+        if args.resume:                                         # evaluations come after the first checkpoint
             say(f"there is no {path} to resume from: starting anew")
         return 0
     states = load_file(path)
     expect(path, states, {"step": 0} | dict.fromkeys(parts, {}))
-    flags = states.get("flags", {})                             # older files have none
-    if told := differences(args, flags, ("data", "images", "holdout", "label_fraction", "mode", "batch_size",
-                                         "init", "model", "img_size", "patch_size", *INVISIBLE)):
+    flags = states.get("flags") or {}                           # older files have none
+    same = {"data", "holdout", "label_fraction", "mode", "batch_size", "init", "model", "img_size",
+            "patch_size", *INVISIBLE}                           # others may differ where they are typed
+    free = getattr(args, "typed", set()) - same
+    if told := differences(args, flags, flags.keys() - free):
         stop(f"{path} is of another run: {told.replace('--images', 'training images')}; continue it with the "
              f"same, or begin a new one in another --output_dir")
+    if told := differences(args, flags, free):
+        say(f"the run goes on with other flags: {told}")
     for name, part in parts.items():
         wanted, found = part.state_dict(), states[name]
         if isinstance(part, torch.optim.Optimizer):             # a parameter's state: a step, tensors like it
@@ -1814,8 +1903,10 @@ def load_checkpoint(args, **parts):
             adam = isinstance(part, torch.optim.AdamW)          # else SGD with momentum, or LARS
             keys = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
             parameters = enumerate(p for group in part.param_groups for p in group["params"])
-            wanted["state"] = {i: {key: torch.tensor(0) if key == "step" else p for key in keys}
+            wanted["state"] = {i: {key: torch.tensor(0.0) if key == "step" else p for key in keys}
                                for i, p in parameters if i in found["state"]}
+            if states["step"] and not found["state"]:
+                stop(f"{path} does not fit: {name} is empty after {states['step']} steps; restore the file")
             found["param_groups"] = wanted["param_groups"]      # flags that are typed again win
         if found and wanted or not isinstance(part, torch.amp.GradScaler):      # an idle one has no state
             where, why = ("", differences(args, flags)) if name == "model" else (name, "")
@@ -1831,7 +1922,7 @@ INVISIBLE = ("decoder_heads", "early_layer")  # flags that change a model, but n
 def differences(args, flags, names=()):
     """In words, where the flags of a last.pt differ from this run's; names: of these, else of all that may
     shape a model. "" if nowhere."""
-    own = args.flags | {"images": args.images}
+    own = args.flags | {"images": args.images} if flags else {}
     names = names or ({*flags} - {*merge(*COMMON.values())} | {"model", "img_size", "patch_size"})
     return ", ".join(f"--{name} {flags[name]} there and {own[name]} here" for name in sorted(names)
                      if name in flags and name in own and flags[name] != own[name])
@@ -1996,11 +2087,11 @@ def sample(source, n):
 def knn_monitor(args, model, train_set, val_set, k=20):
     """Accuracy in % of a k-NN vote on model.features(imgs) -> (B, D); None if all images are of one class.
 
-    It reads 1% as many training images as the whole training will see, but 2,000 to 50,000, and a quarter as
+    It reads 1% as many training images as the whole training will see, but 5,000 to 50,000, and a quarter as
     many validation images, so that it stays cheap beside the training; vit.py --mode knn reads them all."""
     if len(train_set.classes) == 1:
         return None
-    most = min(50_000, max(2_000, args.epochs * len(train_set) // 100))
+    most = min(50_000, max(5_000, args.epochs * len(train_set) // 100))
     train_set, val_set = sample(train_set, most), sample(val_set, most // 4)
     model.eval()
     train_x, train_y = encode(args, model.features, train_set)

@@ -42,6 +42,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections import OrderedDict
@@ -168,7 +169,7 @@ def drop_path(x, rate):
 def attend(q, k, v, bias=None):
     """softmax(q k^T / sqrt(d) + bias) v: q (B, H, m, d), k, v (B, H, n, d), bias (1, H, m, n) -> as q
 
-    Written out for bfloat16 on a CPU, where the backward pass of torch's kernel is half of a training step."""
+    Written out for bfloat16 on a CPU: there the backward pass of torch's kernel is half of a step."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":
         scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)                           # (B, H, m, n)
         scores = scores if bias is None else scores + bias
@@ -777,8 +778,12 @@ def build(args, num_classes, pool):
     state, config, mean, std = read_encoder(args.init, args.num_heads, finetune=args.mode == "finetune")
     if args.half_stats:
         mean, std = (0.5,) * 3, (0.5,) * 3
-    args.patch_size = config["patch_size"]
-    args.model = next((name for name, size in SIZES.items() if size.items() <= config.items()), "file")
+    size = next((name for name, size in SIZES.items() if size.items() <= config.items()), "file")
+    told = {"pos": "learned", "rel_pos": "none", "stem": "patch"} | config | {"model": size}
+    for name in ("model", "patch_size", "num_heads", "pos", "rel_pos", "layer_scale", "stem"):
+        if name in getattr(args, "typed", ()) and (typed := getattr(args, name)) != told.get(name):
+            data.say(f"--{name} {typed} is not used: {args.init} has {told.get(name)}")
+    args.patch_size, args.model = config["patch_size"], size
     data.check_together(args)
     if args.mode == "finetune" and config.get("rel_pos") == "shared":  # every block gets its own copy
         config["rel_pos"], table = "block", state.pop("rel_pos_bias.relative_position_bias_table")
@@ -808,7 +813,7 @@ def main():
     early = data.early_flags(words, mode=RECIPES)
     kept = data.resumed_flags(early, early.output_dir)
     mode, init = early.mode or kept.get("mode", "train"), early.init or kept.get("init", "")
-    folder = f"{Path(init).with_suffix('')}-{mode}" if init else f"out/vit-{mode}"
+    folder = f"{os.path.splitext(init)[0]}-{mode}" if init else f"out/vit-{mode}"
     args = data.parse_args(__doc__, *RECIPES[mode], words=words, folder=folder)
     if args.export:
         export(init or data.stop("--export needs the encoder to write: give --init FILE"), args.export,
@@ -874,7 +879,8 @@ def official_state(content):
     for key in ("teacher", "model", "module", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    state = renamed({name: value.float() for name, value in content.items() if torch.is_tensor(value)},
+    state = renamed({name: value.float() if value.is_floating_point() else value
+                     for name, value in content.items() if torch.is_tensor(value)},
                     {r"relative_position_index$": None, r"^module\.": "",
                      r"attn\.(relative_position_bias_table)$": r"rel_pos_bias.\1",
                      r"\bls([12])\.gamma$": r"gamma_\1"})                                  # timm's
@@ -1064,6 +1070,7 @@ def export(path, name, num_heads=0):
     exits with one sentence if timm has no such model (--stem conv)."""
     if Path(name).exists():
         data.stop(f"{name} is there already: --export makes a new file, name another")
+    name = str(Path(name))
     content = data.load_file(path)
     state, config, mean, std = read_encoder(path, num_heads, content)
     if config.get("stem", "patch") != "patch":

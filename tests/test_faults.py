@@ -1,4 +1,5 @@
 """What the machine does to a run: each fault ends in one sentence, and what was saved stays."""
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from test_runs import (  # noqa: F401: inputs and elsewhere are fixtures
-    BEIT2, MAE, ROOT, VQKD, data, elsewhere, forked, inputs, read, run, sentence, shrink, snapshot)
+    BEIT2, LINEAR, MAE, ROOT, VQKD, data, elsewhere, forked, inputs, read, run, sentence, shrink, snapshot)
 
 FAULTS = (  # as torch and the system say it -> what to do
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"), "--accum_steps"),
@@ -194,13 +195,13 @@ def test_nobody_reads_the_output_any_more():
 
 
 def test_sigterm_to_a_run_and_its_workers():
-    """A scheduler's signal reaches the whole group: the workers ignore it, the run saves, and none is left."""
+    """A scheduler's signal reaches the whole group: workers ignore it, the run saves, and none is left."""
     for i, (img, label) in enumerate(zip(*data.draw_shapes(60, 8, 0))):
         path = Path("set", "val" if i >= 40 else "train", str(label.item()), f"{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(img.permute(1, 2, 0).numpy()).save(path)
     flags = MAE.replace("--data shapes", "--data set --num_workers 2 --eval_every 0")
-    process = script(f"{flags} --epochs 100000 --output_dir run")
+    process = script(f"{flags} --epochs 1000 --output_dir run")
     while not Path("run/last.pt").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
@@ -219,3 +220,168 @@ def test_ranks_agree_on_a_signal(tmp_path):
                              (signal.SIGTERM, 17, 0)), ranks=2)
     assert statuses == 2 * [128 + signal.SIGTERM], done.stderr
     assert 17 <= read("two/last.pt")["step"] < 60 and "stopped and saved" in done.stdout
+
+
+# ---- what somebody found who had not read the code ----
+
+def folder_of(images, root="set"):
+    """A folder of class folders with `images` drawn pictures in train/, a third as many in val/."""
+    for i, (img, label) in enumerate(zip(*data.draw_shapes(4 * images // 3, 8, 0))):
+        path = Path(root, "train" if i < images else "val", str(label.item() % 2), f"{i:03d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(img.permute(1, 2, 0).numpy()).save(path)
+
+
+SET = MAE.replace("--data shapes", "--data set --num_workers 0") + " --holdout 0 --eval_every 0"
+
+
+def test_links_to_a_folder_above():
+    """They are not followed: each picture is counted once, under its own class. Other links are."""
+    folder_of(60)
+    before = data.scan_folder(Path("set/train"))
+    Path("set/train/0/loop").symlink_to("..")
+    Path("set/train/0/self").symlink_to(".")
+    assert data.scan_folder(Path("set/train"))[0] == before[0]
+    Path("elsewhere").mkdir()
+    shutil.copy(before[0][0], "elsewhere/more.png")
+    Path("set/train/1/linked").symlink_to("../../../elsewhere")
+    assert len(data.scan_folder(Path("set/train"))[0]) == 61 and data.side_of("set") == 8
+
+
+@pytest.mark.parametrize("change", ("swap", "rename", "move", "validation"))
+def test_a_resumed_run_has_the_same_images(change, capsys):
+    """As many images, but other names, classes or labels: refused. The same elsewhere on the disk: not."""
+    folder_of(60)
+    run(f"{SET} --max_steps 2 --output_dir run")
+    file = sorted(Path("set/train/0").iterdir())[0]
+    if change == "swap":
+        for part in ("train", "val"):
+            Path("set", part, "0").rename(f"set/{part}/2")
+    elif change == "rename":
+        file.rename(file.with_name("zzz.png"))
+    elif change == "move":
+        file.rename(Path("set/train/1", file.name))
+    else:
+        sorted(Path("set/val/0").iterdir())[0].unlink()
+    assert "training images 60 (names and labels " in sentence(
+        "mae.py --resume --max_steps 4 --output_dir run", capsys)
+
+
+@pytest.mark.parametrize("flags", ("--seed 1", "--mask_ratio 0.5", "--lr 0.1"))
+def test_the_checkpoint_of_another_run(flags, capsys):
+    """Of the same shapes, but other flags: refused. The same flags typed at --resume: said."""
+    run(f"{MAE} --max_steps 2 --output_dir run")
+    run(f"{MAE} --max_steps 2 {flags} --output_dir other")
+    shutil.copytree("run", "swapped")
+    shutil.copy("other/last.pt", "swapped/last.pt")
+    name, value = flags.split()
+    assert f"{name} {value} there and" in sentence("mae.py --resume --output_dir swapped", capsys)
+    run(f"mae.py --resume --max_steps 4 {flags} --output_dir run")
+    out = capsys.readouterr().out
+    assert "goes on with other flags" in out and f" there and {value} here" in out
+
+
+def test_a_checkpoint_that_is_gone(capsys):
+    """After an evaluation there was one: the encoder and the log of a whole run are not overwritten."""
+    run(f"{MAE} --max_steps 10 --output_dir run")
+    Path("run/last.pt").unlink()
+    before = snapshot("run")
+    assert "run/last.pt is gone" in sentence("mae.py --resume --output_dir run", capsys)
+    Path("run/args.json").unlink()
+    Path("run/last.pt").write_bytes(b"")
+    said = sentence("mae.py --resume --output_dir run", capsys)
+    assert "run/args.json, the flags of this run, is gone" in said
+    assert {path: content for path, content in before.items() if path.name != "args.json"} == {
+        path: content for path, content in snapshot("run").items() if path.name != "last.pt"}
+    Path("run/last.pt").unlink()
+    Path("run/last.pt").symlink_to("nowhere")
+    assert "is gone" in sentence(f"{MAE} --resume --output_dir run", capsys)
+
+
+def test_a_run_that_is_at_work(capsys):
+    """--resume in the folder of a living run: refused."""
+    process = script(f"{MAE} --epochs 1000 --eval_every 0 --output_dir run")
+    try:
+        while not Path("run/last.pt").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        assert "a run is at work in run" in sentence("mae.py --resume --output_dir run", capsys)
+    finally:
+        process.kill()
+        process.communicate()
+    data.lock(Path("run"))                                      # its lock died with it
+
+
+@pytest.mark.parametrize("flags", (
+    {"batch_size": 0}, {"accum_steps": 0}, {"log_every": 0}, {"save_every": "x"}, {"device": "foo"},
+    {"model": "foo"}, {"model": 3}, {"aug": "foo"}, {"recipe": "foo"}, {"sampling": "foo"}, {"amp": "foo"},
+    {"compile": 3},
+    {"mask_ratio": float("nan")}, {"lr": [1]}, {"data": None}), ids=str)
+def test_damaged_flags_in_args_json(flags, capsys):
+    """They are read as those of the command line are: a choice or a range that is not kept is refused."""
+    run(f"{MAE} --max_steps 2 --output_dir run")
+    path = Path("run/args.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {
+        "flags": json.loads(path.read_text())["flags"] | flags}))
+    assert "run/args.json" in sentence("mae.py --resume --output_dir run", capsys)
+
+
+def test_a_lost_log_is_said(capsys):
+    """The curves of a resumed run would lack its first steps without a word."""
+    run(f"{MAE} --max_steps 10 --output_dir run")
+    Path("run/log.jsonl").unlink()
+    run("mae.py --resume --max_steps 12 --output_dir run")
+    assert "run/log.jsonl lacks steps before 10" in capsys.readouterr().out
+
+
+def test_tensors_of_another_kind(capsys):
+    """Booleans and integers are no weights; an optimizer has a state; bytes belong to one tensor."""
+    run(f"{MAE} --max_steps 10 --output_dir run")
+    whole = read("run/encoder.pt")
+    for kind in (torch.bool, torch.int64, torch.uint8):
+        weights = {name: value.to(kind) for name, value in whole["model"].items()}
+        torch.save(whole | {"model": weights}, "other.pt")
+        assert f"{kind} there" in sentence(f"{LINEAR} --init other.pt --output_dir new", capsys)
+    last = read("run/last.pt")
+    torch.save(last | {"optimizer": last["optimizer"] | {"state": {}}}, "run/last.pt")
+    assert "optimizer is empty after 10 steps" in sentence("mae.py --resume --output_dir run", capsys)
+    about = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps(dict.fromkeys("ab", about)).encode()
+    Path("twins.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    said = sentence(f"{LINEAR} --init twins.safetensors --output_dir new", capsys)
+    assert "b begins at byte 0, not 8" in said
+
+
+def test_pipes_and_devices_are_no_files(capsys):
+    """They have no end, or never begin."""
+    os.mkfifo("pipe.pt")
+    for name in ("pipe.pt", "/dev/zero", "."):
+        assert name in sentence(f"{LINEAR} --init {name} --output_dir new", capsys)
+    folder_of(60)
+    os.mkfifo("set/train/0/pipe.png")
+    run(f"{SET} --max_steps 5 --output_dir run")
+    assert "set/train/0/pipe.png (it is a pipe or a device)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", ("2>&- >&-", "2>/dev/full >/dev/full"))
+def test_closed_and_full_outputs(closed):
+    """Whoever does not want to read the words wants the weights."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    command = f"{sys.executable} {ROOT}/{MAE} --max_steps 2 --eval_every 0 --output_dir ü {closed}"
+    done = subprocess.run(command, shell=True, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read("ü/last.pt")["step"] == 2
+
+
+def test_flags_of_the_second_stage_are_looked_at_first(capsys):
+    """Not after the tokenizer has been trained."""
+    assert "--early_layer 7" in sentence("beit_v2.py --data shapes --device cpu --model micro --num_masked 2 "
+                                         "--min_block 1 --early_layer 7 --output_dir x", capsys)
+    assert not Path("x-tokenizer").exists()
+
+
+def test_flags_that_the_file_decides(capsys):
+    """--patch_size and others beside --init: said, not silently left out."""
+    run(f"{MAE} --max_steps 2 --output_dir run")
+    run(f"{LINEAR} --patch_size 2 --max_steps 2 --init run/encoder.pt --output_dir new")
+    assert "--patch_size 2 is not used: run/encoder.pt has 4" in capsys.readouterr().out

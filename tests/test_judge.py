@@ -573,7 +573,7 @@ if __name__ == "__main__":
 
 
 def test_the_monitor_reads_a_share_of_the_images(monkeypatch):
-    """1% of what the training will see, 2,000 to 50,000 of them, and a quarter as many validation images: the
+    """1% of what the training will see, 5,000 to 50,000 of them, and a quarter as many validation images: the
     same ones at every call. In a short run on many images it costs no more than the training."""
     asked = []
 
@@ -586,7 +586,7 @@ def test_the_monitor_reads_a_share_of_the_images(monkeypatch):
         return data.Images(torch.arange(n).view(n, 1), torch.arange(n) % 10, list("0123456789"), 0, 1)
     model = torch.nn.Identity()
     model.features = None
-    for epochs, n, bank, judged in ((1, 60_000, 2_000, 500), (20, 50_000, 10_000, 2_500),
+    for epochs, n, bank, judged in ((1, 60_000, 5_000, 1_250), (20, 50_000, 10_000, 2_500),
                                     (900, 60_000, 50_000, 3_000), (1, 500, 500, 400)):
         val = images(min(3_000, 400 if n == 500 else 3_000))
         for _ in range(2):

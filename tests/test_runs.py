@@ -64,6 +64,7 @@ def shrink(patch):
     patch.setattr(data, "draw_shapes", lambda n, size, seed: draw(n // 24, size, seed))
     patch.setitem(vit.SIZES, "micro", dict(embed_dim=32, depth=2, num_heads=2))
     patch.setattr(data, "save_rows", lambda *args: None)
+    patch.setattr(data, "save_usage", lambda *args: None)
     patch.setattr(data, "curves", lambda path: None)
 
 
