@@ -1103,7 +1103,7 @@ def test_every_script_end_to_end(tmp_path):
     """Every method, then vit.py in all five modes on MAE's encoder: results, accuracies and pictures (each
     kind of picture is drawn once, and the curves of one run: the rest are empty files).
     """
-    drawn, save_rows, curves = set(), data.save_rows, data.curves
+    drawn, save_rows, save_usage, curves = set(), data.save_rows, data.save_usage, data.curves
 
     def once(path, draw, *kind):
         if kind in drawn:
@@ -1115,6 +1115,8 @@ def test_every_script_end_to_end(tmp_path):
         shrink(patch)
         patch.setattr(data, "save_rows", lambda path, rows, title="": once(
             path, lambda: save_rows(path, rows, title), path.parents[1], path.stem.lstrip("012345")))
+        patch.setattr(data, "save_usage", lambda path, *rest: once(
+            path, lambda: save_usage(path, *rest), path.parents[1], path.stem))
         patch.setattr(data, "curves", lambda path: once(
             path.with_name("curves.png"), lambda: curves(path), "curves"))
     short = "--max_steps 2 --label_fraction 0.1"
