@@ -1924,6 +1924,8 @@ def differences(args, flags, names=()):
     shape a model. "" if nowhere."""
     own = args.flags | {"images": args.images} if flags else {}
     names = names or ({*flags} - {*merge(*COMMON.values())} | {"model", "img_size", "patch_size"})
+    if str(own.get("images")).startswith(f"{flags.get('images')} "):    # an old file knows the number alone
+        own["images"] = flags["images"]
     return ", ".join(f"--{name} {flags[name]} there and {own[name]} here" for name in sorted(names)
                      if name in flags and name in own and flags[name] != own[name])
 

@@ -267,6 +267,18 @@ def test_a_resumed_run_has_the_same_images(change, capsys):
         "mae.py --resume --max_steps 4 --output_dir run", capsys)
 
 
+def test_an_older_checkpoint_knows_the_number_of_images_alone(capsys):
+    """It resumes if that is right."""
+    run(f"{MAE} --max_steps 2 --output_dir run")
+    last = read("run/last.pt")
+    for images in (208, 300):
+        torch.save(last | {"flags": last["flags"] | {"images": images}}, "run/last.pt")
+        if images == 208:
+            run("mae.py --resume --max_steps 3 --output_dir run")
+        else:
+            assert "training images 300 there" in sentence("mae.py --resume --output_dir run", capsys)
+
+
 @pytest.mark.parametrize("flags", ("--seed 1", "--mask_ratio 0.5", "--lr 0.1"))
 def test_the_checkpoint_of_another_run(flags, capsys):
     """Of the same shapes, but other flags: refused. The same flags typed at --resume: said."""
