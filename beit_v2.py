@@ -362,7 +362,7 @@ def train_tokenizer(args):
                      f"a smaller --code_dim")
 
     if log.evaluates(start):
-        evaluate(start)                                             # what an untrained network can do
+        evaluate(start)                                         # what an untrained network can do
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
         code_sums = None                                        # and counts, over the whole batch
@@ -534,7 +534,7 @@ def pretrain(args):
         log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
 
     if log.evaluates(start):
-        evaluate(start)                                             # what an untrained network can do
+        evaluate(start)                                         # what an untrained network can do
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
         for (imgs, pixels), _ in parts:                         # the labels are never used

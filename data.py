@@ -429,20 +429,19 @@ def scan_folder(root, classes=None):
     if not root.is_dir():
         stop(f"there is no folder {root}: --data takes {', '.join(SIDES)}, or a folder that holds "
              f"train/<class>/*.jpg and val/<class>/*.jpg (without val/: add --holdout 1000, say)")
-    paths = [os.path.relpath(path, root) for path in walk(root)]
+    paths = list(walk(root))
     if not paths:
         stop(f"{root} is empty: it should hold <class>/*.jpg")
-    found = sorted({path.split(os.sep)[0] for path in paths if os.sep in path} | {
-        path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}) or [""]
+    found = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".") or [""]
     if classes is not None and (unknown := sorted(set(found) - set(classes))):
         stop(f"{root / unknown[0]} is a class that the training images do not have: remove it, or add its "
              f"training images" if any(unknown) else
              f"{root} is flat: move each image into {root}/<class>/, with the names of the training classes")
     classes, files, left_out = classes or found, {name: [] for name in found}, Counter()
     for path in paths:
-        name = path.split(os.sep)[0] if any(found) else ""
+        name = path[len(os.path.join(root, "")):].split(os.sep)[0] if any(found) else ""
         if name in files and path.lower().endswith(ENDINGS):
-            files[name].append(os.path.join(root, path))
+            files[name].append(path)
         else:
             left_out[os.path.splitext(path)[1] or "others"] += 1
     if empty := [name for name in found if not files[name]]:
@@ -1526,7 +1525,7 @@ class Log:
     evaluation, else after this step; with several ranks within seconds, when they have asked each other."""
 
     def __init__(self, args, loader, start=0):
-        self.args, self.loader, self.start = args, loader, start
+        self.args, self.loader = args, loader
         self.path = Path(args.output_dir) / "log.jsonl"
         self.sums, self.parts, self.count = {}, 0, 0
         self.signal, self.stopping, self.saved = 0, False, True     # saved: nothing is lost if it ends here

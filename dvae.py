@@ -374,7 +374,7 @@ def main():
             data.say(words)
 
     if log.evaluates(start):
-        evaluate(start)                                             # what an untrained network can do
+        evaluate(start)                                         # what an untrained network can do
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # set in every step
         done = step / loader.all_steps

@@ -341,7 +341,7 @@ def main():
             data.say(words)
 
     if log.evaluates(start):
-        evaluate(start)                                             # what an untrained network can do
+        evaluate(start)                                         # what an untrained network can do
     for step, parts in loader.steps(start, net):
         epoch, done = step // loader.epoch_steps, step / loader.all_steps
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))

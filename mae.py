@@ -219,7 +219,7 @@ def main():
         log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
 
     if log.evaluates(start):
-        evaluate(start)                                             # what an untrained network can do
+        evaluate(start)                                         # what an untrained network can do
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # set in every step
         for (imgs,), _ in parts:                                # the labels are never used

@@ -373,7 +373,7 @@ RUNS = {  # in this order: the later ones read what the earlier ones wrote
 def run_script(words, bare, first=8):
     """main() of a script in this process. bare: its first batch again and again, nothing saved.
 
-    -> seconds a step, after the first ones; seconds of the first evaluation; evaluations' share of a whole run
+    -> seconds a step, after the first ones; the share that evaluations have of a whole run
     """
     begun, times, about = [], [], []
     steps, batches, init = data.Loader.steps, data.Loader.batches, data.Log.__init__
@@ -406,18 +406,20 @@ def bench_run(args):
     """Every script on drawn images, recipe laptop: its loop in turns with its step on one prepared batch."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for method, command in RUNS.items():
-            words = (f"{command} --data shapes --recipe laptop --model micro --amp {AMP[args.dtype]} --device "
-                     f"{args.device} {'--compile' if args.compile else '--no-compile'} --max_steps 50")
+            words = (f"{command} --data shapes --recipe laptop --model micro --amp {AMP[args.dtype]} "
+                     f"--{'' if args.compile else 'no-'}compile --device {args.device} --max_steps 50")
             start, whole, bare = cpu_clock(), [], []
-            with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            with (open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet),
+                  contextlib.redirect_stderr(quiet)):
                 for turn in range(args.repeats):
-                    whole.append(run_script(f"{words} --output_dir {method if turn == 0 else f'{method}{turn}'}", False))
+                    whole.append(run_script(f"{words} --output_dir {method}{turn or ''}", False))
                     bare.append(run_script(f"{words} --output_dir {method}-bare{turn}", True))
             loop, share = (statistics.median(values) for values in zip(*whole))
             step = statistics.median(seconds for seconds, _ in bare)
             batch = json.loads(Path(method, "args.json").read_text())["flags"]["batch_size"]
-            print(f"  {method:8} {batch / step:8.1f} images/s in bare steps, {batch / loop:8.1f} in the loop: "
-                  f"{step / loop:.0%}; evaluations {share:.1%} of a laptop run, {others_since(start)}", flush=True)
+            print(f"  {method:8} {batch / step:8.1f} images/s in bare steps, {batch / loop:8.1f} in the "
+                  f"loop: {step / loop:.0%}; evaluations {share:.1%} of a laptop run, {others_since(start)}",
+                  flush=True)
 
 
 def main():

@@ -516,7 +516,7 @@ def assert_near(folder, single, tolerance=1e-5):
 
 
 def test_torchrun_starts_again_after_a_lost_rank(tmp_path, monkeypatch):
-    """kill -9 on one of two ranks: torchrun starts both again, they resume, and the run ends as one without."""
+    """kill -9 on one of two ranks: torchrun starts both again, and the run ends as an undisturbed one."""
     monkeypatch.setenv("KILL_AT", "25")
     flags = "--epochs 3 --eval_every 0 --output_dir"
     with ThreadPoolExecutor(2) as pool:

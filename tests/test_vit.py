@@ -475,7 +475,7 @@ def test_probe_norm_and_features():
 
 @pytest.mark.parametrize("bias", (False, True))
 def test_attention_written_out_for_bfloat16_on_a_cpu(bias):
-    """`attend`: as near to float64 as torch's own kernel is, values and gradients, with a bias and without."""
+    """`attend`: values and gradients as near to float64 as torch's kernel, with a bias and without."""
     torch.manual_seed(0)
     wide = [torch.randn(2, 3, n, 16, dtype=torch.float64) for n in (5, 9, 9)]
     table = torch.randn(1, 3, 5, 9, dtype=torch.float64) if bias else None
