@@ -1042,7 +1042,8 @@ class Loader:
 
     def __iter__(self):
         every = torch.arange(rank(), len(self.source), world_size())
-        return self.batches((index, 0) for index in every.split(500))
+        size = 500 if "cuda" in self.args.device else 100       # what fits a CPU's cache is 1.5 times as fast
+        return self.batches((index, 0) for index in every.split(size))
 
 
 # ============================================================================================================

@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import math
 import os
 import random
 import resource
@@ -154,12 +153,14 @@ def ibot(args):
         return Network(encoder, Head(encoder.config["embed_dim"], hidden, 256, out_dim))
     model = IBOT(network(), network(), most_hidden(flags, 2 * args.batch_size))
     local = [torch.randn(args.batch_size, 3, size, size, device=args.device) for _ in range(count)]
-    temp = torch.full((), 0.04, device=args.device)
+    temp, of_last_step = torch.full((), 0.04, device=args.device), []
 
     def loss_of(net, imgs):
+        if of_last_step:                                        # a step's own change what backward reads
+            model.update(of_last_step.pop(), 0.996)
         mask = draw_masks(flags, 2 * args.batch_size)
         loss, _, means = net([imgs, imgs.flip(3)], local, mask, temp, temp)
-        model.update(means, 0.996)
+        of_last_step.append(means)
         return loss
     return model, param_groups(model, 0.04, no_decay=()), loss_of
 
@@ -371,9 +372,9 @@ RUNS = {  # in this order: the later ones read what the earlier ones wrote
 
 
 def run_script(words, bare, first=8):
-    """main() of a script in this process. bare: its first batch again and again, nothing saved.
+    """main() of a script in this process. bare: its first batch again and again, nothing judged or saved.
 
-    -> seconds a step, after the first ones; the share that evaluations have of a whole run
+    -> median seconds of a step, after the first ones; the share that evaluations have of a whole run
     """
     begun, times, about = [], [], []
     steps, batches, init = data.Loader.steps, data.Loader.batches, data.Log.__init__
@@ -390,27 +391,36 @@ def run_script(words, bare, first=8):
 
     def logged(log, args, loader, start=0):
         init(log, args, loader, start)
-        about[:] = loader.all_steps, 2 + math.floor(args.epochs / args.eval_every) + 1
+        about[:] = loader.all_steps, 3 + (not bare and args.epochs // args.eval_every)
         begun.append(time.perf_counter())
     data.Loader.steps, data.Loader.batches, data.Log.__init__ = timed, prepared, logged
-    sys.argv = words.split() + "--eval_every 1000000 --save_every 1000000".split() * bare
+    sys.argv = words.split() + "--eval_every 0 --save_every 1000000".split() * bare
     try:
         runpy.run_path(str(Path(data.__file__).with_name(sys.argv[0])), run_name="__main__")
     finally:
         data.Loader.steps, data.Loader.batches, data.Log.__init__ = steps, batches, init
-    step, judged = (times[-1] - times[first]) / (len(times) - 1 - first), times[0] - begun[0]
+    step = statistics.median(b - a for a, b in itertools.pairwise(times[first:]))
+    judged = times[0] - begun[0]
     return step, about[1] * judged / (about[1] * judged + about[0] * step)
 
 
 def bench_run(args):
-    """Every script on drawn images, recipe laptop: its loop in turns with its step on one prepared batch."""
+    """Every script, recipe laptop: its loop in turns with its step on one prepared batch.
+
+    The images are noise in CIFAR-10's files: as many, so that evaluations have their share."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        batches = Path("data/cifar-10-batches-bin")
+        batches.mkdir(parents=True)
+        for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+            rows = np.random.default_rng(0).integers(256, size=(10_000, 3073), dtype=np.uint8)
+            rows[:, 0] %= 10
+            (batches / f"{name}.bin").write_bytes(rows.tobytes())
+        (batches / "batches.meta.txt").write_text("a b c d e f g h i j")
         for method, command in RUNS.items():
-            words = (f"{command} --data shapes --recipe laptop --model micro --amp {AMP[args.dtype]} "
+            words = (f"{command} --recipe laptop --model micro --amp {AMP[args.dtype]} "
                      f"--{'' if args.compile else 'no-'}compile --device {args.device} --max_steps 50")
             start, whole, bare = cpu_clock(), [], []
-            with (open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet),
-                  contextlib.redirect_stderr(quiet)):
+            with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
                 for turn in range(args.repeats):
                     whole.append(run_script(f"{words} --output_dir {method}{turn or ''}", False))
                     bare.append(run_script(f"{words} --output_dir {method}-bare{turn}", True))
