@@ -31,16 +31,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from dvae import prepare_tokenizer
+from dvae import painter, prepare_tokenizer
 from vit import (SIZES, ViT, cosine_lr, image_of, init_beit, load_init, norm_patches, param_groups,
                  patches_of, set_lr, take)
 
 RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the paper's table 9); meaning; range
-    "tokenizer":     ("", "tokenizer.pt of dvae.py (out/dvae-<data>/tokenizer.pt if not given)"),
+    "tokenizer":     ("", "of dvae.py or beit_v2.py (out/dvae-<data>/tokenizer.pt if not given)"),
     "masking":       ("block", "hide patches in blocks; ablation: at random", ("block", "random")),
     "num_masked":    ((26, 26, 26, 75), "patches hidden in each image, at most", "[1, 1e9]"),
     "min_block":     ((4, 4, 4, 16), "smallest number of patches of a block", "[1, 1e9]"),
-    "target":        ("tokens", "predict codes; ablation: normalised pixels", ("tokens", "pixels")),
+    "target":        ("tokens", "predict codes; ablation: pixels", ("tokens", "pixels")),
+    "norm_pix_loss": ((False, True, True, True), "these: patches less their mean, over their std"),
     "predict":       ("masked", "the loss looks at hidden patches; ablation: at all", ("masked", "all")),
     "plain":         (False, "the paper's ViT: absolute positions, no relative bias, no layer scale"),
     "layer_scale":   ({"base": 0.1, "large": 1e-5}, "first value of the layer scale; 0: without", "[0, 10]"),
@@ -57,9 +58,10 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the paper's t
 }
 
 
-def pixel_targets(imgs, p):
-    """With --target pixels: (B, 3, H, W) -> (B, N, P)"""
-    return norm_patches(patches_of(imgs, p))[0]
+def pixel_targets(imgs, p, norm_pix_loss=True):
+    """With --target pixels: (B, 3, H, W) -> (B, N, P) float32"""
+    patches = patches_of(imgs, p).float()
+    return norm_patches(patches)[0] if norm_pix_loss else patches
 
 
 class BEiT(nn.Module):
@@ -105,7 +107,7 @@ class BEiT(nn.Module):
 
 
 @torch.no_grad()
-def pictures(model, tokenizer, views, mask, source, path):
+def pictures(model, tokenizer, views, mask, source, path, norm_pix_loss=True):
     """Rows: image, what is visible, prediction pasted into it, and what perfect tokens would have painted."""
     imgs, p = views[0], model.encoder.config["patch_size"]
     model.eval()
@@ -114,13 +116,14 @@ def pictures(model, tokenizer, views, mask, source, path):
     image = data.to_pixels(imgs, source)
     visible, pixel_mask = data.hide(image, mask)
     if model.target == "pixels":
-        _, mean, std = norm_patches(patches_of(imgs, p))
-        painted = data.to_pixels(image_of(pred * std + mean, p), source)                    # (B, 3, H, W)
-        best, title = {}, "brightness and contrast are the true ones"
+        best, title = {}, "brightness and contrast are the true ones" * norm_pix_loss
+        if norm_pix_loss:
+            _, mean, std = norm_patches(patches_of(imgs, p))
+            pred = pred * std + mean
+        painted = data.to_pixels(image_of(pred, p), source)                                 # (B, 3, H, W)
     else:
-        def paint(codes):
-            return data.resize(tokenizer.paint(codes), imgs.shape[-1]).cpu()
         codes, pred = tokenizer.tokens(views[1]), pred.argmax(-1)                           # (B, N) each
+        paint = painter(tokenizer, codes, imgs.shape[-1])
         painted, best = paint(torch.where(mask, pred, codes)), {"true codes, painted": paint(codes)}
         title = f"{(pred == codes)[mask].float().mean():.1%} of the hidden codes are predicted right"
     rows = {"image": image, "visible": visible,
@@ -154,7 +157,7 @@ def main():
     start = data.load_checkpoint(args, **state)
     whole = data.View(args.img_size, tokenizer_size=size)
     trivial = (data.trivial_tokens(args, tokenizer, val_set, whole) if tokenizer
-               else "1.0 (the mean of every patch)")
+               else data.TRIVIAL_PIXELS[args.norm_pix_loss])
     tokenize = data.compiled(tokenizer.tokens, args) if tokenizer else None
     data.describe(args, model, loader, trivial)
     log = data.Log(args, loader, start)
@@ -163,8 +166,8 @@ def main():
         torch.manual_seed(0)                                    # the same masks every time
         views = data.some_images(args, val_set, 8, whole)
         mask = data.draw_masks(args, len(views[0]), "end")
-        pictures(model, tokenizer, views, mask, val_set, log.picture(step))
-        log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
+        pictures(model, tokenizer, views, mask, val_set, log.picture(step), args.norm_pix_loss)
+        log.write(step, **data.knn_monitor(args, model, train_set, val_set))
 
     if log.evaluates(start):
         evaluate(start)                                         # what an untrained network can do
@@ -175,7 +178,8 @@ def main():
             mask = data.draw_masks(args, len(imgs), "end")
             with data.autocast(args):
                 with torch.no_grad():                           # the tokenizer is frozen
-                    target = tokenize(views[1]) if tokenizer else pixel_targets(imgs, args.patch_size)
+                    target = tokenize(views[1]) if tokenizer else pixel_targets(
+                        imgs, args.patch_size, args.norm_pix_loss)
                 loss, accuracy = net(imgs, target, mask)
             scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
             log.note(loss=loss, **({"accuracy": accuracy} if tokenizer else {}))

@@ -42,13 +42,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import dvae
 from vit import (SIZES, Block, ViT, cosine_lr, infer_config, init_beit, load_init, load_weights,
                  official_state, param_groups, read_encoder, renamed, rescale, set_lr, take)
 
 # one value, or four: shapes, laptop, small, imagenet (the paper's appendix); meaning; range
 SHARED = {
     "stage":         ("both", "which stage to train", ("both", "tokenizer", "pretrain")),
-    "tokenizer":     ("", "tokenizer.pt of stage 1 (out/beit_v2-tokenizer-<data>/tokenizer.pt if not given)"),
+    "tokenizer":     ("", "of stage 1, or dvae.py's (out/beit_v2-tokenizer-<data>/tokenizer.pt by default)"),
 }
 TOKENIZER = {
     "teacher":       ("", "encoder whose features are rebuilt (out/ibot-<data>/encoder.pt if not given)"),
@@ -56,7 +57,9 @@ TOKENIZER = {
     "code_dim":      ((16, 16, 16, 32), "width of a code", "[1, 4096]"),
     "decoder_depth": ((1, 1, 1, 3), "blocks of the tokenizer's decoder", "[1, 100]"),
     "commit":        (1.0, "weight of the commitment loss", "[0, inf)"),
-    "decay":         (0.99, "momentum of the codes", "[0, 1]"),
+    "codes":         ("ema", "they follow a running average; ablation: a loss", ("ema", "gradient")),
+    "unit":          (True, "vectors and codes have length 1; ablation: any"),
+    "decay":         (0.99, "momentum of the running average", "[0, 1]"),
     "restart":       ((50, 100, 100, 0), "steps between restarts of unused codes; 0: never", "[0, 1e9]"),
     "crop_scale":    ((0.4, 0.4, 0.4, 0.08), "smallest share of the image in a random crop", "(0, 1]"),
     "epochs":        (8, 2, 100, 100),                          # passes over the images
@@ -91,25 +94,33 @@ PRETRAIN = {  # 1600 epochs: --beta2 0.999 --drop_path 0.1
 # ---- stage 1: the tokenizer ----
 
 class Quantizer(nn.Module):
-    """Vectors -> nearest of K unit codes. The codes have no gradient: `update` moves them after a step."""
+    """Vectors -> nearest of K codes, of length 1 if `unit`. The codes have no gradient: `update` moves them
+    after a step; with `trained` the optimiser does, by the gradient of |sg[u] - e|^2 (VQ-VAE's loss)."""
 
-    def __init__(self, num_codes, dim, decay=0.99, commit=1.0):
+    def __init__(self, num_codes, dim, decay=0.99, commit=1.0, unit=True, trained=False):
         super().__init__()
-        self.decay, self.commit = decay, commit
-        self.register_buffer("codebook", F.normalize(torch.randn(num_codes, dim), dim=1))
+        self.decay, self.commit, self.unit, self.trained = decay, commit, unit, trained
+        codebook = self.scaled(torch.randn(num_codes, dim))
+        self.codebook = nn.Parameter(codebook) if trained else nn.Buffer(codebook)
         self.register_buffer("hits", torch.zeros(num_codes))    # since the last restart
 
+    def scaled(self, x):
+        return F.normalize(x, dim=-1) if self.unit else x
+
     def nearest(self, z):
-        """(..., E) -> unit vectors u (..., E), indices of their codes (...); float32 under any autocast"""
+        """(..., E) -> (unit) vectors u (..., E), indices of their codes (...); float32 under any autocast"""
         with torch.autocast(z.device.type, enabled=False):
-            u = F.normalize(z.float(), dim=-1)
-            return u, (u @ self.codebook.T).argmax(-1)
+            u = self.scaled(z.float())
+            near = u @ self.codebook.T if self.unit else -torch.cdist(u, self.codebook)
+            return u, near.argmax(-1)
 
     def forward(self, z):
         """(n, E) -> q (n, E) with the gradient of u, indices (n,), commitment loss, what `update` needs"""
         u, ids = self.nearest(z)
         q = self.codebook[ids]
-        loss = self.commit * (q - u).square().mean()
+        loss = self.commit * (q.detach() - u).square().mean()
+        if self.trained:
+            loss = loss + (q - u.detach()).square().mean()
         with torch.no_grad():
             sums = torch.zeros_like(self.codebook).index_add_(0, ids, u)                    # (K, E)
             counts = torch.zeros_like(self.hits).index_add_(0, ids, torch.ones_like(u[:, 0]))
@@ -119,14 +130,17 @@ class Quantizer(nn.Module):
     def update(self, sums, counts):
         """Codes of this batch, of all ranks, move towards the direction of the sum of their vectors."""
         sums, counts = data.all_sum(sums), data.all_sum(counts)
-        moved = F.normalize(self.decay * self.codebook + (1 - self.decay) * F.normalize(sums, dim=1), dim=1)
-        self.codebook.copy_(torch.where(counts[:, None] > 0, moved, self.codebook))
+        if not self.trained:
+            mean = F.normalize(sums, dim=1) if self.unit else sums / counts[:, None].clamp(min=1)
+            moved = self.decay * self.codebook + (1 - self.decay) * mean
+            self.codebook.copy_(torch.where(counts[:, None] > 0, moved, self.codebook))
+        self.codebook.copy_(self.scaled(self.codebook))
         self.hits += counts
 
     @torch.no_grad()
     def restart(self, z):
         """Codes without a hit since the last call begin anew at random vectors of z (n, E), of all ranks."""
-        u = data.all_rows(F.normalize(z.float(), dim=1))
+        u = data.all_rows(self.scaled(z.float()))
         fresh = u[torch.randint(len(u), (len(self.codebook),), device=u.device)]
         self.codebook.copy_(from_first_rank(torch.where(self.hits[:, None] > 0, self.codebook, fresh)))
         self.hits.zero_()
@@ -135,8 +149,9 @@ class Quantizer(nn.Module):
     def start(self, z):
         """k-means on the vectors z (n, E) of all ranks gives the first codes."""
         with torch.autocast(z.device.type, enabled=False):
-            self.codebook.copy_(from_first_rank(
-                spherical_kmeans(data.all_rows(F.normalize(z.float(), dim=1)), len(self.codebook))))
+            rows = data.all_rows(self.scaled(z.float()))
+            self.codebook.copy_(from_first_rank(spherical_kmeans(
+                rows, len(self.codebook), 10 * self.unit)))     # if not unit vectors, random ones
 
 
 def spherical_kmeans(u, num_codes, iterations=10):
@@ -159,16 +174,16 @@ class VQKD(nn.Module):
     """Encoder, quantizer and decoder; `tokens` is what pre-training uses."""
 
     def __init__(self, encoder, num_codes=8192, code_dim=32, decoder_depth=3, teacher_dim=768, commit=1.0,
-                 decay=0.99):
+                 decay=0.99, unit=True, trained=False):
         super().__init__()
         config, C = encoder.config, encoder.config["embed_dim"]
         self.config = {"encoder": config, "num_codes": num_codes, "code_dim": code_dim,
-                       "decoder_depth": decoder_depth, "teacher_dim": teacher_dim}
+                       "decoder_depth": decoder_depth, "teacher_dim": teacher_dim, "unit": unit}
         self.img_size, self.vocab = config["img_size"], num_codes
         self.grid = self.img_size // config["patch_size"]
         self.encoder = encoder
         self.encode_task_layer = nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, code_dim))
-        self.quantizer = Quantizer(num_codes, code_dim, decay, commit)
+        self.quantizer = Quantizer(num_codes, code_dim, decay, commit, unit, trained)
         self.decoder = ViT(self.grid, 1, C, decoder_depth, config["num_heads"])
         self.decoder.patch_embed.proj = nn.Conv2d(code_dim, C, 1)  # codes in the place of pixels
         self.decode_task_layer = nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, teacher_dim))
@@ -189,6 +204,10 @@ class VQKD(nn.Module):
         assert imgs.shape[1:] == (3, self.img_size, self.img_size), (
             f"{tuple(imgs.shape)}, but this tokenizer reads (B, 3, {self.img_size}, {self.img_size})")
         return self.quantizer.nearest(self.vectors(2 * imgs - 1))[1]
+
+    def features(self, imgs):
+        """(B, 3, H, W) in [-1, 1] -> how often each code occurs in each image (B, K)"""
+        return data.histogram(self.quantizer.nearest(self.vectors(imgs))[1], self.vocab)
 
     def rebuild(self, q):
         """Codes' vectors (B, N, E) -> features of the teacher, rebuilt, (B, N, T)"""
@@ -337,7 +356,7 @@ def train_tokenizer(args):
 
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model])
     model = VQKD(encoder, args.num_codes, args.code_dim, args.decoder_depth, teacher.dim, args.commit,
-                 args.decay).to(device)
+                 args.decay, args.unit, args.codes == "gradient").to(device)
     if args.init:
         load_init(model, args, official_tokenizer)
     net = data.wrap(model, args)                                # compiled, in DDP; `model` itself is saved
@@ -354,9 +373,10 @@ def train_tokenizer(args):
     log = data.Log(args, loader, start)
 
     def evaluate(step):
-        result, counts = monitor(args, model, teacher, val_set, whole)
+        result, counts = monitor(args, model, teacher, data.monitored(args, train_set, val_set)[1], whole)
         tokenizer_pictures(model, teacher, samples, counts, log.picture(step))
-        log.write(step, **result)
+        words_knn = data.knn_monitor(args, model, train_set, val_set)["knn"]
+        log.write(step, **result, knn_words=words_knn)
         if step and result["usage"] < 0.2:
             data.say(f"only {result['usage']:.0%} of the codes occur: try --restart 50, fewer --num_codes or "
                      f"a smaller --code_dim")
@@ -407,6 +427,8 @@ def load_tokenizer(path):
 
     Raises: exits with one sentence if the file is neither."""
     content = data.load_file(path)
+    if content.get("method") == "dvae":                         # other codes for the same student
+        return dvae.load_tokenizer(path)
     with data.reading(path, "a tokenizer of beit_v2.py"):
         if content.get("method") == "beit_v2" and "num_codes" in content["config"]:
             state, config = content["model"], dict(content["config"])
@@ -487,8 +509,9 @@ def pictures(model, tokenizer, views, mask, source, path):
     pred = model.lm_head(model.hidden_states(imgs, mask)[0]).argmax(-1)                     # (B, N)
     model.train()
     ids, image = tokenizer.tokens(views[1]), data.to_pixels(imgs, source)
-    codebook = tokenizer.quantizer.codebook
-    near = torch.where(mask, (codebook[pred] * codebook[ids]).sum(-1), 1.0).unflatten(1, (g, g))
+    codes = getattr(tokenizer, "quantizer", None)               # a dVAE's codes are right or wrong
+    near = (codes.codebook[pred] * codes.codebook[ids]).sum(-1) if codes else (pred == ids).float()
+    near = torch.where(mask, near, 1.0).unflatten(1, (g, g))
     data.save_rows(path, {"image": image, "visible": data.hide(image, mask)[0],
                           "predicted and\ntrue code": near},
                    f"{(pred == ids)[mask].float().mean():.1%} of the hidden codes are predicted right; "
@@ -500,10 +523,7 @@ def pretrain(args):
     device = data.setup(args)
     train_set, val_set = data.load_sets(args)
     path = args.tokenizer or f"out/beit_v2-tokenizer-{Path(args.data).name}/tokenizer.pt"
-    tokenizer = load_tokenizer(path).to(device)
-    if tokenizer.grid != args.grid:
-        data.stop(f"{path} makes {tokenizer.grid} x {tokenizer.grid} tokens, but the ViT has {args.grid} x "
-                  f"{args.grid} patches: use its --img_size and --patch_size, or train another tokenizer")
+    tokenizer = dvae.of_same_grid(args, path, load_tokenizer(path))
     jitter = (args.color_jitter,) * 3 + (0.0,) if args.color_jitter else None
     loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5,
                                                      jitter=jitter, tokenizer_size=tokenizer.img_size)])
@@ -531,7 +551,7 @@ def pretrain(args):
         views = data.some_images(args, val_set, 8, whole)
         mask = data.draw_masks(args, len(views[0]), "fill")
         pictures(model, tokenizer, views, mask, val_set, log.picture(step))
-        log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
+        log.write(step, **data.knn_monitor(args, model, train_set, val_set))
 
     if log.evaluates(start):
         evaluate(start)                                         # what an untrained network can do

@@ -33,14 +33,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from dvae import prepare_tokenizer
+from dvae import painter, prepare_tokenizer
 from vit import (SIZES, Block, CrossAttention, Mlp, ViT, cosine_lr, image_of, init_cut, load_init,
                  official_state, norm_patches, param_groups, patches_of, renamed, set_lr, sincos_pos_embed,
                  take, update_ema)
 
 RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (CAE-B); meaning; range
-    "tokenizer":       ("", "tokenizer.pt of dvae.py (out/dvae-<data>/tokenizer.pt if not given)"),
-    "target":          ("tokens", "predict codes, or normalised pixels", ("tokens", "pixels")),
+    "tokenizer":       ("", "of dvae.py or beit_v2.py (out/dvae-<data>/tokenizer.pt if not given)"),
+    "target":          ("tokens", "predict codes; ablation: pixels", ("tokens", "pixels")),
+    "norm_pix_loss":   ((False, True, True, True), "these: patches less their mean, over their std"),
     "masking":         ("block", "hide patches in blocks; ablation: at random", ("block", "random")),
     "num_masked":      ((32, 32, 32, 98), "patches hidden in each image", "[1, 1e9]"),
     "min_block":       ((4, 4, 4, 16), "smallest number of patches of a block", "[1, 1e9]"),
@@ -74,9 +75,10 @@ def row_first_pos_embed(dim, grid):
     return sincos_pos_embed(dim, grid).roll(dim // 2, -1)
 
 
-def pixel_targets(imgs, p):
-    """With --target pixels: (B, 3, H, W) -> (B, N, P)"""
-    return norm_patches(patches_of(imgs, p), unbiased=False)[0]
+def pixel_targets(imgs, p, norm_pix_loss=True):
+    """With --target pixels: (B, 3, H, W) -> (B, N, P) float32"""
+    patches = patches_of(imgs, p).float()
+    return norm_patches(patches, unbiased=False)[0] if norm_pix_loss else patches
 
 
 class RegressorBlock(nn.Module):
@@ -224,7 +226,7 @@ def direct(model, imgs, target, mask):
 
 
 @torch.no_grad()
-def pictures(model, tokenizer, views, mask, source, path):
+def pictures(model, tokenizer, views, mask, source, path, norm_pix_loss=True):
     """Rows: image, visible part, prediction pasted into it, all patches decoded straight from the encoder."""
     imgs, p, (B, N) = views[0], model.encoder.config["patch_size"], mask.shape
     model.eval()
@@ -235,17 +237,16 @@ def pictures(model, tokenizer, views, mask, source, path):
     straight = model.decode(model.encode(model.encoder, imgs, everywhere), everywhere)      # (B, N, K or P)
     model.train()
     if model.target == "pixels":
-        _, mean, std = norm_patches(patches_of(imgs, p), unbiased=False)                    # (B, N, 1) each
-
         def paint(x):
-            return data.to_pixels(image_of(x * std + mean, p), source)
+            if norm_pix_loss:
+                _, mean, std = norm_patches(patches_of(imgs, p), unbiased=False)            # (B, N, 1) each
+                x = x * std + mean
+            return data.to_pixels(image_of(x, p), source)
         everything = straight.scatter(1, ids_hidden[:, :, None].expand(-1, -1, pred.shape[2]), pred)
-        best, title = {}, "brightness and contrast of the patches are the true ones"
+        best, title = {}, "brightness and contrast of the patches are the true ones" * norm_pix_loss
     else:
         codes = tokenizer.tokens(views[1])
-
-        def paint(x):
-            return data.resize(tokenizer.paint(x), imgs.shape[-1]).cpu()
+        paint = painter(tokenizer, codes, imgs.shape[-1])
         everything, straight = codes.scatter(1, ids_hidden, pred.argmax(-1)), straight.argmax(-1)
         best = {"true codes, painted": paint(codes)}
         hits = pred.argmax(-1) == take(codes, ids_hidden)
@@ -290,7 +291,7 @@ def main():
     start = data.load_checkpoint(args, **state)
     whole = data.View(args.img_size, tokenizer_size=size)
     trivial = (f"prediction {data.trivial_tokens(args, tokenizer, val_set, whole)}" if tokenizer
-               else "1.0 (the mean of every patch)")
+               else data.TRIVIAL_PIXELS[args.norm_pix_loss])
     tokenize = data.compiled(tokenizer.tokens, args) if tokenizer else None
     data.describe(args, model, loader, f"{trivial}; alignment: R2 0")
     log = data.Log(args, loader, start)
@@ -299,10 +300,12 @@ def main():
         torch.manual_seed(0)                                    # the same masks every time
         views = data.some_images(args, val_set, 200, whole)
         mask = data.draw_masks(args, len(views[0]), "on")
-        target = tokenizer.tokens(views[1]) if tokenizer else pixel_targets(views[0], args.patch_size)
+        target = tokenizer.tokens(views[1]) if tokenizer else pixel_targets(
+            views[0], args.patch_size, args.norm_pix_loss)
         result = direct(model, views[0], target, mask)
-        pictures(model, tokenizer, [view[:8] for view in views], mask[:8], val_set, log.picture(step))
-        log.write(step, **result, knn=data.knn_monitor(args, model, train_set, val_set))
+        pictures(model, tokenizer, [view[:8] for view in views], mask[:8], val_set, log.picture(step),
+                 args.norm_pix_loss)
+        log.write(step, **result, **data.knn_monitor(args, model, train_set, val_set))
 
     if log.evaluates(start):
         evaluate(start)                                         # what an untrained network can do
@@ -313,7 +316,8 @@ def main():
             mask = data.draw_masks(args, len(imgs), "on")
             with data.autocast(args):
                 with torch.no_grad():                           # the tokenizer is frozen
-                    target = tokenize(views[1]) if tokenizer else pixel_targets(imgs, args.patch_size)
+                    target = tokenize(views[1]) if tokenizer else pixel_targets(
+                        imgs, args.patch_size, args.norm_pix_loss)
                 loss, logs = net(imgs, target, mask)
             scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
             log.note(loss=loss, **logs)

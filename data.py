@@ -1479,6 +1479,10 @@ def make_scaler(args):
     return torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
 
 
+TRIVIAL_PIXELS = {True: "1.0 (the mean of every patch)",     # by --norm_pix_loss
+                  False: "the variance of the normalised pixels, about 1"}
+
+
 def describe(args, model, loader, trivial):
     """Print what the run is about to do. trivial: the loss that a model reaches without learning anything."""
     millions, n = sum(p.numel() for p in model.parameters()) / 1e6, len(loader.source)
@@ -2010,6 +2014,12 @@ def code_entropy(counts):
     return -(share * share.clamp(min=1e-12).log()).sum().item()
 
 
+def histogram(ids, vocab):
+    """How often each code occurs in each image: (B, N) -> (B, K)"""
+    counts = torch.zeros(len(ids), vocab, device=ids.device)
+    return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))
+
+
 @torch.no_grad()
 def trivial_tokens(args, tokenizer, source, view):
     """In words, the cross-entropy of a model that predicts codes without looking at the image"""
@@ -2037,6 +2047,28 @@ def save_usage(path, counts, picture=None, title=""):
     axes.set(yscale="log", xlabel="code, commonest first", ylabel="share of all places (line: uniform)",
              title=f"{(counts > 0).sum()} of {len(counts)} codes are used")
     save_atomically(figure, path)
+
+
+def spectrum(imgs):
+    """How the energy of square images (B, C, s, s), less their means, falls on 1, 2, ... s / 2 cycles a side
+    """
+    power = torch.fft.fft2(imgs - imgs.mean((2, 3), keepdim=True)).abs().square().sum((0, 1)).flatten()
+    cycles = torch.fft.fftfreq(imgs.shape[-1], 1 / imgs.shape[-1], device=imgs.device)
+    rings = torch.cartesian_prod(cycles, cycles).norm(dim=1).round().long()
+    energy = power.new_zeros(len(power)).index_add_(0, rings, power)[1:imgs.shape[-1] // 2 + 1]
+    return energy / energy.sum()
+
+
+def save_plot(path, lines, style=".-", **settings):
+    """Plot {label: values at 1, 2, 3, ...}. settings: of matplotlib's axes"""
+    if rank() == 0:
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for label, values in lines.items():
+            axes.plot(range(1, len(values) + 1), values.cpu(), style, label=label)
+        axes.set(**settings)
+        axes.legend()
+        save_atomically(figure, path)
 
 
 # ---- k-NN ----
@@ -2085,22 +2117,32 @@ def sample(source, n):
     return source.subset(order[:n]) if n < len(source) else source
 
 
+def monitored(args, train_set, val_set):
+    """What evaluations on the way read, so that they stay cheap beside the training: 1% as many training
+    images as the whole of it will see, but 5,000 to 50,000, and a quarter as many validation images."""
+    most = min(50_000, max(5_000, args.epochs * len(train_set) // 100))
+    return sample(train_set, most), sample(val_set, most // 4)
+
+
+def effective_rank(x):
+    """Of features (n, D): how many directions they use, exp of the entropy of their singular values' shares
+    (RankMe, arXiv:2210.02885), from 1, all features alike, to D. A collapse shows here first."""
+    squares = torch.linalg.eigvalsh((x.T @ x).cpu().double()).clamp(min=0)
+    share = F.normalize(squares.sqrt(), p=1, dim=0)
+    return torch.special.entr(share).sum().exp().item()
+
+
 @torch.no_grad()
 def knn_monitor(args, model, train_set, val_set, k=20):
-    """Accuracy in % of a k-NN vote on model.features(imgs) -> (B, D); None if all images are of one class.
-
-    It reads 1% as many training images as the whole training will see, but 5,000 to 50,000, and a quarter as
-    many validation images, so that it stays cheap beside the training; vit.py --mode knn reads them all."""
-    if len(train_set.classes) == 1:
-        return None
-    most = min(50_000, max(5_000, args.epochs * len(train_set) // 100))
-    train_set, val_set = sample(train_set, most), sample(val_set, most // 4)
+    """How good are model.features(imgs) -> (B, D)? {"knn": accuracy in % of a k-NN vote on `monitored`
+    images, None if all are of one class; "rank": `effective_rank`}. vit.py --mode knn reads all images."""
     model.eval()
-    train_x, train_y = encode(args, model.features, train_set)
-    x, y = encode(args, model.features, val_set)
+    train_x, train_y, x, y = itertools.chain(*(encode(args, model.features, source)
+                                               for source in monitored(args, train_set, val_set)))
     model.train()
     (guess,) = knn_vote(train_x, train_y, x, [k], len(train_set.classes)).values()
-    return (guess == y).float().mean().item() * 100
+    accuracy = (guess == y).float().mean().item() * 100 if len(train_set.classes) > 1 else None
+    return {"knn": accuracy, "rank": effective_rank(train_x)}
 
 
 # ============================================================================================================

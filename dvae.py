@@ -38,7 +38,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from vit import cosine_lr, half_cosine, param_groups, renamed, set_lr, update_ema
+from vit import (cosine_lr, half_cosine, image_of, norm_patches, param_groups, patches_of, renamed, set_lr,
+                 update_ema)
 
 RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (DALL-E's); meaning; range
     "model":            (("micro", "micro", "tiny", "base"), "sets n_hid, vocab", ("micro", "tiny", "base")),
@@ -210,6 +211,10 @@ class DVAE(nn.Module):
         with torch.autocast(imgs.device.type, enabled=False):
             return self.logits(imgs).argmax(1).flatten(1)
 
+    def features(self, imgs):
+        """Images of any size -> how often each code occurs in them (B, K)"""
+        return data.histogram(self.tokens(data.resize(imgs, self.img_size)), self.vocab)
+
     def paint(self, ids):
         """Codes (B, N) -> pixels (B, 3, s, s) in [0, 1]"""
         return self.pixels(self.decoder.paint(ids.view(len(ids), self.grid, self.grid)))
@@ -249,6 +254,9 @@ def load_tokenizer(path, grid=14):
     if Path(path).suffix == ".pkl":
         return load_dalle(path, grid).requires_grad_(False).eval()
     content = data.load_file(path)
+    if content.get("method") == "beit_v2":                      # VQ-KD: other codes for the same student
+        from beit_v2 import load_tokenizer as load_vqkd
+        return load_vqkd(path)
     if content.get("method") != "dvae":
         data.stop(f"{path} is no tokenizer of dvae.py: train one with python dvae.py, "
                   f"and give its tokenizer.pt")
@@ -257,16 +265,29 @@ def load_tokenizer(path, grid=14):
 
 
 def prepare_tokenizer(args):
-    """The tokenizer of --tokenizer; one sentence if its grid is not that of the patches."""
+    """The tokenizer of --tokenizer, or the one that dvae.py left in its usual place."""
     path = args.tokenizer or f"out/dvae-{Path(args.data).name}/tokenizer.pt"
     if not args.tokenizer and not Path(path).exists():
         data.stop(f"there is no {path}: train it with python dvae.py --data {args.data}, name one with "
                   f"--tokenizer FILE, or predict pixels with --target pixels")
-    tokenizer = load_tokenizer(path, args.grid).to(args.device, memory_format=torch.channels_last)
+    return of_same_grid(args, path, load_tokenizer(path, args.grid))
+
+
+def of_same_grid(args, path, tokenizer):
+    """The tokenizer on its device; one sentence if its grid is not that of the patches."""
     if tokenizer.grid != args.grid:
         data.stop(f"{path} makes {tokenizer.grid} x {tokenizer.grid} tokens, but the ViT has {args.grid} x "
                   f"{args.grid} patches: use its --img_size and --patch_size, or train another tokenizer")
-    return tokenizer
+    return tokenizer.to(args.device, memory_format=torch.channels_last)
+
+
+def painter(tokenizer, codes, size):
+    """-> what makes pictures (B, 3, size, size) of codes (B, N): a dVAE paints them; VQ-KD's stand for no
+    pixels, so these are white where they equal the true `codes`, black elsewhere."""
+    def mark(ids):
+        return F.interpolate((ids == codes).float().view(-1, 1, tokenizer.grid, tokenizer.grid), size=size)
+    paint = getattr(tokenizer, "paint", mark)
+    return lambda ids: data.resize(paint(ids), size).cpu().expand(-1, 3, -1, -1)
 
 
 # ---- what shows how the vocabulary is doing ----
@@ -319,14 +340,21 @@ def collapse(result, vocab):
 
 @torch.no_grad()
 def pictures(model, imgs, counts, path):
-    """<step>.png: images, and as painted from hard codes; codebook.png: what each code paints, its share."""
+    """<step>.png: images, painted from hard codes, and from codes drawn at random, the prior;
+    spectrum.png: what codes leave out; codebook.png: what each code paints, its share."""
     model.eval()
-    codes = model.tokens(imgs)
-    data.save_rows(path, {"image": imgs, "hard codes": model.paint(codes)},
-                   f"{model.grid} x {model.grid} codes per image, {len(codes.unique())} different ones here")
+    codes, p = model.tokens(imgs), model.img_size // model.grid
+    painted, random = model.paint(codes), model.paint(torch.randint_like(codes[:8], model.vocab))
+    data.save_rows(path, {"image": imgs[:8], "hard codes": painted[:8], "random codes": random},
+                   f"{model.grid} x {model.grid} codes an image, {len(codes[:8].unique())} different ones here")
+    spectra, normalised = {}, image_of(norm_patches(patches_of(imgs, p))[0], p)
+    for name, x in (("images", imgs), ("painted from codes", painted), ("normalised patches", normalised)):
+        energy = data.spectrum(x)
+        spectra[f"{name}: {energy[len(energy) // 3:].sum():.0%} in the upper two thirds"] = energy
+    data.save_plot(path.with_name("spectrum.png"), spectra, yscale="log", xlabel="cycles a side",
+                   ylabel="share of the energy")
     commonest = counts.argsort(descending=True)[:256].to(imgs.device)   # a grid full of one code, its middle
-    stride = model.img_size // model.grid
-    middle = slice(max(0, model.grid // 2 - 1) * stride, (model.grid // 2 + 1) * stride)
+    middle = slice(max(0, model.grid // 2 - 1) * p, (model.grid // 2 + 1) * p)
     tiles = torch.cat([model.paint(part[:, None].expand(-1, model.grid ** 2))[:, :, middle, middle]
                        for part in commonest.split(64)]).cpu()                              # (k, 3, ., .)
     model.train()
@@ -367,9 +395,10 @@ def main():
 
     def evaluate(step):
         tau = half_cosine(step / loader.all_steps / args.tau_anneal, 1.0, args.tau)
-        result, counts = monitor(args, ema, val_set, whole, tau)
-        pictures(ema, samples[:8], counts, log.picture(step))
-        log.write(step, **result)
+        result, counts = monitor(args, ema, data.monitored(args, train_set, val_set)[1], whole, tau)
+        pictures(ema, samples[:200], counts, log.picture(step))
+        words_knn = data.knn_monitor(args, ema, train_set, val_set)["knn"]
+        log.write(step, **result, knn_words=words_knn)
         if step >= 0.2 * loader.all_steps and (words := collapse(result, args.vocab)):
             data.say(words)
 

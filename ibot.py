@@ -42,6 +42,7 @@ from vit import (SIZES, ViT, attention_pictures, cosine_lr, half_cosine, load_in
 RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the published commands); meaning; range
     "lambda1":            (1.0, "weight of the class token's loss", "[0, inf)"),
     "lambda2":            (1.0, "weight of the patches' loss", "[0, inf)"),
+    "koleo":              (0.0, "weight of KoLeo, which spreads class tokens (DINOv2)", "[0, inf)"),
     "momentum":           ((0.98, 0.99, 0.996, 0.996), "the teacher's at the start; rises to 1", "[0, 1]"),
     "teacher_temp_start": ((0.02, 0.02, 0.04, 0.04), "the teacher's in epoch 0, both", "(0, 10]"),
     "teacher_temp":       ((0.02, 0.02, 0.07, 0.07), "the class token's; > 0.07 is unstable", "(0, 10]"),
@@ -58,13 +59,17 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the published
     "pred_ratio_var":     ([0.0, 0.2], "half the width of the range around each --pred_ratio", "[0, 1)"),
     "pred_shape":         ("block", "hide blocks, or single patches", ("block", "rand")),
     "pred_start_epoch":   (0, "first epoch in which patches are hidden", "[0, 1e9]"),
-    "global_scale":       ((0.3, 0.3, 0.3, {"base": 0.32, "small": 0.25}), "smallest global crop", "(0, 1]"),
-    "local_scale":        ((0.3, 0.4, 0.3, {"base": 0.32, "small": 0.25}), "largest local crop", "[0.05, 1]"),
+    "global_scale":       (([0.6, 1.0], [0.5, 1.0], [0.5, 1.0], {"base": [0.32, 1.0], "small": [0.25, 1.0]}),
+                           "least and largest share of the image in a global crop", "(0, 1]"),
+    "local_scale":        (([0.3, 0.6], [0.2, 0.5], [0.2, 0.5],
+                            {"base": [0.05, 0.32], "small": [0.05, 0.25]}), "in a local crop", "(0, 1]"),
     "local_crops":        ((2, 4, 6, 10), "local crops of each image", "[0, 100]"),
     "local_size":         ((0, 0, 0, 96), "pixels of the local crops; 0: half of --img_size", "[0, 4096]"),
+    "aug":                ("color", "of the crops; ablations: crops alone, none", ("color", "crop", "none")),
+    "gray":               ((1.0, 0.2, 0.2, 0.2), "share of crops without colour", "[0, 1]"),
     "blur":               ((False, False, False, True), "blur the crops (sigma 0.1 to 2 pixels)"),
     "drop_path":          ((0.0, 0.0, 0.1, 0.1), "drop path rate of the student's last block", "[0, 1)"),
-    "weight_decay_end":   (0.4, "weight decay at the end; it starts at --weight_decay", "[0, inf)"),
+    "weight_decay_end":   ((0.04, 0.04, 0.04, 0.4), "at the end; it starts at --weight_decay", "[0, inf)"),
     "epochs":             (12, 5, 200, {"base": 400, "small": 800}),  # passes over the images
     "batch_size":         (64, 64, 512, 1024),                  # of all GPUs together
     "blr":                (1e-3, 1e-3, 5e-4, {"base": 7.5e-4, "small": 5e-4}),  # lr = blr * batch_size / 256
@@ -164,6 +169,15 @@ def patch_loss(q, student, weight, temp=0.1):
     return (ce * weight).sum()
 
 
+def koleo_loss(x):
+    """KoLeo (DINOv2, arXiv:2304.07193, section 4): -mean log distance of the unit vectors x (B, D) to their
+    nearest neighbours, which spreads them evenly over the sphere."""
+    x = F.normalize(x.float(), dim=1)
+    with torch.no_grad():
+        nearest = (x @ x.T).fill_diagonal_(-2).argmax(1)
+    return -F.pairwise_distance(x, x[nearest]).log().mean()
+
+
 def entropy(q):
     return -(q * q.clamp(min=1e-12).log()).sum(-1)
 
@@ -171,19 +185,21 @@ def entropy(q):
 class IBOT(nn.Module):
     """Student, teacher, centres and loss. No gradient reaches the teacher."""
 
-    def __init__(self, student, teacher, max_masked, lambda1=1.0, lambda2=1.0):
+    def __init__(self, student, teacher, max_masked, lambda1=1.0, lambda2=1.0, koleo=0.0):
         super().__init__()
         self.student, self.teacher = student, teacher.requires_grad_(False)
         self.teacher.load_state_dict(student.state_dict())
-        self.max_masked, self.lambda1, self.lambda2 = max_masked, lambda1, lambda2
+        self.max_masked, self.lambda1, self.lambda2, self.koleo = max_masked, lambda1, lambda2, koleo
         self.masked_embed = nn.Parameter(torch.zeros(1, student.encoder.config["embed_dim"]))
         self.register_buffer("centre", torch.zeros(1, student.head.last_layer.weight_g.shape[0]))
         self.register_buffer("patch_centre", torch.zeros(1, student.head.last_layer2.weight_g.shape[0]))
+        self.register_buffer("hits", torch.zeros(self.centre.shape[1]), persistent=False)   # of prototypes
 
     def forward(self, crops, local_crops, mask, temp, patch_temp):
         """Lists of G global and L local crops, (B, 3, s, s) each; mask (G B, N), crop after crop.
 
-        -> loss, {name: what to log}, means of the teacher's logits over the batch (1, K), (1, K')"""
+        -> loss, {name: what to log}, means over the batch for `update`: of the teacher's logits (1, K),
+        (1, K'), and how often it thinks of each prototype first (K,)"""
         B, G, imgs = len(crops[0]), len(crops), torch.cat(crops)
         ids = mask.flatten().int().argsort(dim=0, descending=True, stable=True)[:self.max_masked]   # (M,)
         count = mask.sum(1, keepdim=True).clamp(min=1)
@@ -201,7 +217,9 @@ class IBOT(nn.Module):
                 q_patch = ((t_patch - self.patch_centre) / patch_temp).softmax(-1)          # (M, K')
 
         x = self.student.tokens(imgs, mask, self.masked_embed)                              # (G B, 1 + N, D)
-        rows = [x[:, 0], x[:, 1:].flatten(0, 1)[ids]]
+        rows, spread = [x[:, 0], x[:, 1:].flatten(0, 1)[ids]], x.new_zeros(())
+        if self.koleo:
+            spread = sum(koleo_loss(cls) for cls in x[:, 0].split(B)) / G
         if local_crops:
             rows.append(self.student.tokens(torch.cat(local_crops))[:, 0])                  # (L B, D)
         with torch.autocast(x.device.type, enabled=False):
@@ -213,15 +231,16 @@ class IBOT(nn.Module):
             with torch.no_grad():
                 certain = entropy(q).mean()
                 logs = {"cls": on_cls, "patch": on_patch, "entropy": certain, "kl": on_cls - certain,
-                        "entropy_of_mean": entropy(q.mean((0, 1))),
-                        "used": F.one_hot(q.argmax(-1), q.shape[-1]).amax((0, 1)).float().mean()}
-        return self.lambda1 * on_cls + self.lambda2 * on_patch, logs, means
+                        "entropy_of_mean": entropy(q.mean((0, 1)))}
+                means += (F.one_hot(q.argmax(-1), q.shape[-1]).float().mean((0, 1)),)
+        return self.lambda1 * on_cls + self.lambda2 * on_patch + self.koleo * spread, logs, means
 
     @torch.no_grad()
     def update(self, means, momentum):
         """After a step: the centres move to the teacher's mean over all ranks, the teacher to the student."""
         for centre, mean in zip((self.centre, self.patch_centre), means):
             centre.lerp_(data.all_sum(mean) / data.world_size(), 0.1)
+        self.hits += data.all_sum(means[2])
         update_ema(self.teacher, self.student, momentum)
 
     def features(self, imgs):
@@ -292,6 +311,9 @@ def check_flags(args):
     if len(args.pred_ratio) != len(args.pred_ratio_var) or not all(v <= r and r + v < 1 for r, v in ranges):
         data.stop(f"--pred_ratio {args.pred_ratio} and --pred_ratio_var {args.pred_ratio_var} must be as "
                   f"many numbers, like 0 0.3 and 0 0.2, each range within 0 to 1")
+    for name in ("global_scale", "local_scale"):
+        if len(scale := getattr(args, name)) != 2 or scale[0] > scale[1]:
+            data.stop(f"--{name} {scale} must be two shares of the image, the smaller one first")
     args.local_size = args.local_size or args.img_size // 2
     if args.local_crops and args.local_size % args.patch_size:
         data.stop(f"--local_size {args.local_size} is not divisible by --patch_size {args.patch_size}")
@@ -305,10 +327,14 @@ def main():
     check_flags(args)
     device = data.setup(args)
     train_set, val_set = data.load_sets(args)
-    color = dict(flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, gray=0.2)
-    wide, near, on = (args.global_scale, 1.0), (0.05, args.local_scale), float(args.blur)
-    views = [data.View(args.img_size, 2, scale=wide, blur=(on, 0.1 * on), solarize=(0.0, 0.2), **color),
-             data.View(args.local_size, args.local_crops, scale=near, blur=0.5 * on, **color)]  # as in DINO
+    color = {"none": {}, "crop": dict(flip=0.5), "color": dict(
+        flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, gray=args.gray)}[args.aug]
+    wide, near = (None if args.aug == "none" else tuple(scale)
+                  for scale in (args.global_scale, args.local_scale))
+    on, blur = float(args.aug == "color"), float(args.aug == "color" and args.blur)     # as in DINO
+    views = [data.View(args.img_size, 2, scale=wide, blur=(blur, 0.1 * blur), solarize=(0.0, 0.2 * on),
+                       **color),
+             data.View(args.local_size, args.local_crops, scale=near, blur=0.5 * blur, **color)]
     loader = data.Loader(args, train_set, views)
 
     def network(drop_path):
@@ -321,7 +347,7 @@ def main():
                                      args.patch_out_dim, args.shared_head, args.norm_last_layer))
     crops = 2 * args.batch_size // data.world_size() // args.accum_steps
     model = IBOT(network(args.drop_path), network(0.0), most_hidden(args, crops), args.lambda1,
-                 args.lambda2).to(device)
+                 args.lambda2, args.koleo).to(device)
     if args.init:
         load_init(model, args, official_names, pos_offset=0.1)
     net = data.wrap(model, args)                                # compiled, in DDP; `model` itself is saved
@@ -336,7 +362,10 @@ def main():
 
     def evaluate(step):
         pictures(model, data.some_images(args, val_set, 500), val_set, log.picture(step))
-        log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
+        log.write(step, **data.knn_monitor(args, model, train_set, val_set), used=(
+            (model.hits > 0).float().mean().item()), knn_student=data.knn_monitor(
+                args, model.student.encoder, train_set, val_set)["knn"])
+        model.hits.zero_()                                      # used: since the last evaluation
         if step and (words := collapse(log.means, args)):
             data.say(words)
 
@@ -352,7 +381,7 @@ def main():
         temp = temperature(epoch, args.teacher_temp_start, args.teacher_temp, rise)
         patch_temp = temperature(epoch, args.teacher_temp_start, args.patch_temp, rise, first)
         temps = [torch.full((), t, device=device) for t in (temp, patch_temp)]  # numbers would be compiled in
-        means = [0, 0]                                          # the teacher's logits over the whole batch
+        means = [0, 0, 0]                                       # the teacher's logits over the whole batch
         for crops, _ in parts:                                  # the labels are never used
             mask = draw_masks(args, 2 * len(crops[0])) & (epoch >= args.pred_start_epoch)
             with data.autocast(args):

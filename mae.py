@@ -208,15 +208,13 @@ def main():
     scaler = data.make_scaler(args)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **state)
-    trivial = ("1.0 (the mean of every patch)" if args.norm_pix_loss
-               else "the variance of the normalised pixels, about 1")
-    data.describe(args, model, loader, trivial)
+    data.describe(args, model, loader, data.TRIVIAL_PIXELS[args.norm_pix_loss])
     log = data.Log(args, loader, start)
 
     def evaluate(step):
         torch.manual_seed(0)                                    # the same masks every time
         pictures(model, data.some_images(args, val_set), val_set, log.picture(step))
-        log.write(step, knn=data.knn_monitor(args, model, train_set, val_set))
+        log.write(step, **data.knn_monitor(args, model, train_set, val_set))
 
     if log.evaluates(start):
         evaluate(start)                                         # what an untrained network can do

@@ -298,6 +298,39 @@ class RelPosBias(nn.Module):
         return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
 
 
+class CNN(nn.Module):
+    """A residual network of the micro's size (1.2 M parameters), for the paper's question: how many labels
+    make up for what a convolution assumes? Pre-norm blocks, three widths, each at half the resolution of the
+    one before. Supervised only."""
+    pos_embed = None
+
+    def __init__(self, num_classes=10, width=42):
+        super().__init__()
+        self.config = {"num_classes": num_classes, "width": width, "pool": "cnn"}
+        widths = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width]
+        self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.blocks = nn.Sequential(*(ConvBlock(a, b) for a, b in itertools.pairwise(widths)))
+        self.norm, self.head = nn.GroupNorm(1, widths[-1]), nn.Linear(widths[-1], num_classes)
+
+    def forward(self, imgs):
+        """(B, 3, H, W) -> logits (B, K)"""
+        return self.head(self.norm(self.blocks(self.stem(imgs))).relu().mean((2, 3)))
+
+
+class ConvBlock(nn.Module):
+    """x + conv(relu(norm(conv(relu(norm(x))))))); more channels come with half the resolution."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(1, a), nn.Conv2d(a, b, 3, stride=b // a, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(1, b), nn.Conv2d(b, b, 3, padding=1)
+        self.skip = nn.Identity() if a == b else nn.Conv2d(a, b, 1, stride=b // a)
+
+    def forward(self, x):
+        y = self.conv1(self.norm1(x).relu())
+        return self.skip(x) + self.conv2(self.norm2(y).relu())
+
+
 def sincos_pos_embed(embed_dim, grid):
     """Fixed 2-D sine-cosine positions (MAE): first half of the width for the column, second for the row.
 
@@ -362,6 +395,8 @@ SHARED = {
     "stem":           ("patch", "patches by a linear layer, or convolutions: the hybrid", ("patch", "conv")),
 }
 SUPERVISED = {  # training from scratch, and what fine-tuning has in common with it
+    "model":          (("micro", "micro", "tiny", "base"), "size of the Vision Transformer, or a small CNN",
+                       (*data.MODELS, "cnn")),
     "epochs":         (20, 13, 200, {"base": 300, "large": 200, "huge": 200}),  # passes over the images
     "batch_size":     (128, 128, 512, 4096),                    # of all GPUs together
     "blr":            (1e-3, 2e-3, 5e-4, 1e-4),                 # lr = blr * batch_size / 256
@@ -399,7 +434,8 @@ LINEAR = {  # lr = blr * batch_size / 256, times each of --blrs; small images: g
     "weight_decay":   None,                                     # the probes have no such flag
     "clip_grad":      None,
     "crop_scale":     ((1.0, 1.0, 0.8, 0.08), "smallest share of the image in a random crop", "(0, 1]"),
-    "optimizer":      (("sgd", "sgd", "sgd", "lars"), "LARS for large batches", ("sgd", "lars")),
+    "optimizer":      (("lbfgs", "lbfgs", "sgd", "lars"), "lbfgs: to convergence, on features without crops; "
+                       "lars: for large batches", ("lbfgs", "sgd", "lars")),
     "layers":         ("last", "probe the encoder's output, or every block's, too", ("last", "all")),
     "blrs":           (([0.01, 0.1, 1.0], [0.1, 0.3, 1.0], [0.01, 0.03, 0.1, 0.3], [0.03, 0.1, 0.3]),
                        "base learning rates of probes, trained side by side", "(0, inf)"),
@@ -407,7 +443,7 @@ LINEAR = {  # lr = blr * batch_size / 256, times each of --blrs; small images: g
 ATTENTIVE = {
     "epochs":         (10, 2, 90, 90),                          # passes over the images
     "batch_size":     (128, 256, 256, 8192),                    # of all GPUs together
-    "optimizer":      "sgd",
+    "optimizer":      ("sgd", "lars: for large batches", ("sgd", "lars")),
     "blrs":           ([0.03, 0.1, 0.3], [0.1, 0.3, 1.0], [0.03, 0.1, 0.3], [0.00625, 0.0125, 0.025]),
 }
 RECIPES = {"train": (SHARED, SUPERVISED), "finetune": (SHARED, SUPERVISED, FINETUNE),
@@ -534,7 +570,8 @@ def supervised(args, train_set, val_set, model):
         if log.evaluates(step + 1):
             judge(step + 1)
     result = result or evaluate(args, ema, val_set)             # if the last step did not
-    pictures(args, ema, val_set)
+    if isinstance(model, ViT):
+        pictures(args, ema, val_set)
     log.finish()
     return result
 
@@ -584,6 +621,7 @@ class AttentivePool(nn.Module):
         return (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)[:, :, 0]
 
 
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 POOLS = {"cls": lambda tokens: tokens[:, 0], "mean": lambda tokens: tokens[:, 1:].mean(1)}
 
 
@@ -700,6 +738,56 @@ def judge_probes(args, encoder, model, val_set):
     return result
 
 
+# ---- linear, to convergence ----
+
+def fit_logistic(x, y, num_classes, penalty):
+    """Logistic regression: the minimum of cross-entropy + penalty / 2 |W|^2, by L-BFGS, from W = 0.
+
+    x (n, D), of mean 0 and variance 1; y (n,) -> nn.Linear"""
+    layer = nn.Linear(x.shape[1], num_classes, device=x.device)
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(x), y) + penalty / 2 * layer.weight.square().sum()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    return layer
+
+
+def logistic(args, train_set, val_set, encoder):
+    """Logistic regression on frozen features of images as they are. -> the entries of result.json
+
+    Each feature's penalty is the one that is right most often on every tenth training image, left out for
+    this; with --layers all the same images choose the best feature."""
+    numbers = [f"-{i + 1}" for i in range(encoder.config["depth"]) if args.layers == "all"] + [""]
+    names = [f"{feature}{number}" for number in numbers for feature in POOLS]
+
+    def features(imgs):
+        return torch.cat([pool(x) for x in probed_layers(args, encoder, imgs) for pool in POOLS.values()], 1)
+    encoder.eval()
+    (train_x, train_y), (x, y) = (data.encode(args, features, source) for source in (train_set, val_set))
+    kept, result, right = torch.arange(len(train_y)) % 10 > 0, {}, {}
+    for name, a, b in zip(names, train_x.chunk(len(names), 1), x.chunk(len(names), 1)):
+        std, mean = torch.std_mean(a, 0)
+        a, b = ((part - mean) / (std + 1e-6) for part in (a, b))
+
+        def accuracy(rows, x, y, penalty):                      # % of (x, y), learned from `rows`
+            layer = fit_logistic(a[rows], train_y[rows], len(train_set.classes), penalty)
+            return (layer(x).argmax(1) == y).float().mean().item() * 100
+        aside = {penalty: accuracy(kept, a[~kept], train_y[~kept], penalty) for penalty in PENALTIES}
+        penalty = max(aside, key=aside.get)
+        right[name] = aside[penalty]
+        result |= {name: accuracy(slice(None), b, y, penalty), f"{name}_penalty": penalty}
+    if args.layers == "all":
+        best = max(right, key=right.get)
+        result |= {"best": result[best], "best_feature": best}
+    return result
+
+
 # ---- knn ----
 
 def knn(args, train_set, val_set, encoder):
@@ -721,14 +809,33 @@ def knn(args, train_set, val_set, encoder):
 # ---- pictures ----
 
 @torch.no_grad()
+def attentions(model, imgs):
+    """Who attends to whom, block by block: (B, 3, H, W) -> (B, heads, 1 + N, 1 + N) each, rows sum to 1"""
+    x = model.add_cls_and_pos(model.patch_embed(imgs))
+    for block, x in zip(model.blocks, [x, *model.forward_blocks(x)]):
+        q, k, _ = block.attn.heads(block.norm1(x))                                          # (B, H, n, d)
+        logits = q.float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[-1])             # (B, H, n, n)
+        for table in (model.rel_pos_bias, block.rel_pos_bias):
+            logits = logits if table is None else logits + table()
+        yield logits.softmax(-1)
+
+
 def cls_attention(model, imgs):
     """How much the class token attends to each patch, in the last block. (B, 3, H, W) -> (B, heads, g, g)"""
-    last, x = model.blocks[-1], model.add_cls_and_pos(model.patch_embed(imgs))
-    q, k, _ = last.attn.heads(last.norm1([x, *model.forward_blocks(x)][-2]))                # (B, H, n, d)
-    logits = q[:, :, :1].float() @ k.float().transpose(2, 3) / math.sqrt(q.shape[-1])       # (B, H, 1, n)
-    for table in (model.rel_pos_bias, last.rel_pos_bias):
-        logits = logits if table is None else logits + table()[:, :, :1]
-    return logits.softmax(-1)[:, :, 0, 1:].unflatten(2, (math.isqrt(x.shape[1] - 1), -1))
+    *_, last = attentions(model, imgs)
+    return last[:, :, 0, 1:].unflatten(2, (math.isqrt(last.shape[-1] - 1), -1))
+
+
+def attention_distance(model, imgs):
+    """How far patches look, in pixels: the mean distance, weighted by attention (ViT, figure 7)
+
+    -> (depth, heads), and what it would be if they attended to all patches alike, (depth,)"""
+    maps = [attention[:, :, 1:, 1:] for attention in attentions(model, imgs)]               # (B, H, N, N)
+    line = torch.arange(math.isqrt(maps[0].shape[-1]), device=imgs.device)
+    places = model.config["patch_size"] * torch.cartesian_prod(line, line).float()          # (N, 2)
+    far = torch.cdist(places, places)
+    return torch.stack([((attention * far).sum((2, 3)) / attention.sum((2, 3))).mean(0)
+                        for attention in maps]), far.mean().expand(len(maps))
 
 
 def attention_pictures(model, imgs, source, path):
@@ -740,10 +847,14 @@ def attention_pictures(model, imgs, source, path):
 
 
 def pictures(args, model, val_set):
-    """attention.png: where the class token looks, per head; positions.png: similarity of the positions."""
-    folder = Path(args.output_dir) / "pictures"
+    """attention.png: where the class token looks, per head; distance.png: how far patches look;
+    positions.png: similarity of the positions."""
+    folder, imgs = Path(args.output_dir) / "pictures", data.some_images(args, val_set)
     model.eval()
-    attention_pictures(model, data.some_images(args, val_set), val_set, folder / "attention.png")
+    attention_pictures(model, imgs, val_set, folder / "attention.png")
+    distances, alike = attention_distance(model, imgs)
+    data.save_plot(folder / "distance.png", {f"head {h + 1}": head for h, head in enumerate(distances.T)}
+                   | {"all patches alike": alike}, "o", xlabel="block", ylabel="attention distance in pixels")
     if model.pos_embed is not None:
         pos = F.normalize(model.pos_embed.detach()[0, 1:].float(), dim=1)                   # (N, D)
         g = math.isqrt(len(pos))
@@ -770,6 +881,8 @@ def probe_pictures(args, encoder, probes, val_set):
 
 def build(args, num_classes, pool):
     """The ViT to train or judge: from --init FILE, or new. -> model, (mean, std) of its pixels or None"""
+    if args.model == "cnn":
+        return CNN(num_classes), None
     options = dict(num_classes=num_classes, pool=pool, img_size=args.img_size)
     if not args.init:
         options |= SIZES[args.model] | dict(pos=args.pos, rel_pos=args.rel_pos,
@@ -836,7 +949,7 @@ def main():
             source.mean, source.std = stats
     model.to(args.device)
     judge = {"train": supervised, "finetune": supervised, "linear": probe, "attentive": probe,
-             "knn": knn}[mode]
+             "knn": knn}[mode] if getattr(args, "optimizer", "") != "lbfgs" else logistic
     result = {"mode": mode, "data": args.data, "init": init or "random", "seed": args.seed,
               "label_fraction": args.label_fraction} | judge(args, train_set, val_set, model)
     if data.rank() == 0:
