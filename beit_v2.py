@@ -15,7 +15,7 @@ Gao & Callan, 2021, for text).
     pre-training  L = CE(W LN(x_L), codes) + CE(W LN(branch([cls_L; patches_l])), codes), at hidden patches
 
 The paper's loss has a term that moves the codes, |sg[u] - e|^2; their running average replaces it: one step
-of it is a gradient step on that term. The commitment is a mean over E, too, not a sum.
+of it is a gradient step on that term, which --codes gradient takes. The commitment is a mean over E, too.
 
 Shapes: B images, N patches (no cls), M hidden ones of each, C width, E of a code, K codes, T width of the
 teacher.

@@ -1087,7 +1087,8 @@ COMMON = {
         "output_dir": ("", "folder of this run (out/<method>-<data> if not given)"),
         "resume": (False, "continue the run in output_dir, with its flags; flags typed again win"),
         "device": ("auto", "where to compute", ("auto", "cuda", "mps", "cpu")),
-        "amp": ("auto", "half precision", ("auto", "bf16", "fp16", "none")),
+        "amp": ("auto", "half precision; auto: what the device computes natively",
+                ("auto", "bf16", "fp16", "none")),
         "compile": (None, "compile the model with torch.compile (default: on CUDA only)"),
         "log_every": (50, "steps between two lines of the log", "[1, 1e9]"),
         "eval_every": ((6, 50, 25, 50), "epochs between evaluations; 0: none at all", "[0, 1e9]"),
@@ -1308,8 +1309,10 @@ def setup(args):
         torch.cuda.set_device(args.device)
         torch.set_float32_matmul_precision("high")
     if args.amp == "auto":
-        native = "cuda" in args.device and torch.cuda.get_device_capability() >= (8, 0)
-        args.amp = "bf16" if native else "fp16" if "cuda" in args.device else "none"
+        cuda = "cuda" in args.device
+        native = (torch.cuda.get_device_capability() >= (8, 0) if cuda else
+                  args.device == "cpu" and torch.cpu._is_avx512_bf16_supported())
+        args.amp = "bf16" if native else "fp16" if cuda else "none"
     if args.compile is None:
         args.compile = "cuda" in args.device and can_compile()
     if world_size() > 1 and not dist.is_initialized():

@@ -11,6 +11,8 @@ a softmax whose temperature tau falls, until the mixture is nearly one code. BEi
     log p: a Laplace density of logit(t), t = 0.8 x + 0.1;  with --recon mse: a Gaussian of sigma 0.1
     token_i = argmax_k logits_ik             without noise: what `tokens` gives
 
+`knn_words` in the log says what the codes alone tell of an image: a k-NN vote on how often each occurs in it.
+
 A VAE's latent is a vector, and its prior N(0, I); here it is one of K codes, and before the image is seen
 none is likelier than another: the prior is uniform. (BEiT learns a better one, given the visible part.)
 
@@ -346,7 +348,7 @@ def pictures(model, imgs, counts, path):
     codes, p = model.tokens(imgs), model.img_size // model.grid
     painted, random = model.paint(codes), model.paint(torch.randint_like(codes[:8], model.vocab))
     data.save_rows(path, {"image": imgs[:8], "hard codes": painted[:8], "random codes": random},
-                   f"{model.grid} x {model.grid} codes an image, {len(codes[:8].unique())} different ones here")
+                   f"{model.grid} x {model.grid} codes an image, {len(codes[:8].unique())} different here")
     spectra, normalised = {}, image_of(norm_patches(patches_of(imgs, p))[0], p)
     for name, x in (("images", imgs), ("painted from codes", painted), ("normalised patches", normalised)):
         energy = data.spectrum(x)

@@ -6,9 +6,10 @@ A student learns to say what its own running average, the teacher, says: about t
 of the image (as in DINO), and about patches that are hidden from the student but not from the teacher. The
 teacher's answers, K-way distributions, are the tokens of a tokenizer that is trained on the way.
 
-    L = lambda1 L_cls + lambda2 L_patch
+    L = lambda1 L_cls + lambda2 L_patch + koleo L_koleo
     L_cls   = mean over crops u != v of  -sum_k q_uk log p_vk      u: global crops (teacher), v: all (student)
     L_patch = mean over global crops of  1/|M| sum_{i in M} -sum_k q'_ik log p'_ik      0 for a crop without M
+    L_koleo = mean over global crops and images of  -log(distance of the class token to its nearest neighbour)
     q = softmax((teacher - c) / tau), p = softmax(student / 0.1)   c <- 0.9 c + 0.1 mean(teacher), per step
     teacher <- m teacher + (1 - m) student after each step                  m: --momentum, rising to 1
 

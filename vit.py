@@ -20,9 +20,11 @@ FILE it judges an encoder: our encoder.pt, or an official file of any method her
 
     train      supervised, from scratch
     finetune   all weights, from --init FILE
-    linear     frozen encoder, BatchNorm + linear layer (MAE, A.1), on the class token and on the mean of
-               the patches, learning rates side by side; --layers all: on every block's output, too
-               (the last blocks of BEiT decode tokens: its best features lie below, BEiT, section 3.5)
+    linear     frozen encoder, linear layer on the class token and on the mean of the patches; --layers all:
+               on every block's output, too (the last blocks of BEiT decode tokens: its best features lie
+               below, BEiT, section 3.5). --optimizer lbfgs, for small budgets: logistic regression to
+               convergence, without augmentation; sgd and lars: BatchNorm in front, learning rates side by
+               side (MAE, A.1)
     attentive  frozen encoder, one learned query attends to its tokens (CAE, 4.1)
     knn        frozen encoder, weighted vote
 
