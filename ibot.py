@@ -218,12 +218,11 @@ class IBOT(nn.Module):
                 q_patch = ((t_patch - self.patch_centre) / patch_temp).softmax(-1)          # (M, K')
 
         x = self.student.tokens(imgs, mask, self.masked_embed)                              # (G B, 1 + N, D)
-        rows, spread = [x[:, 0], x[:, 1:].flatten(0, 1)[ids]], x.new_zeros(())
-        if self.koleo:
-            spread = sum(koleo_loss(cls) for cls in x[:, 0].split(B)) / G
+        rows = [x[:, 0], x[:, 1:].flatten(0, 1)[ids]]
         if local_crops:
             rows.append(self.student.tokens(torch.cat(local_crops))[:, 0])                  # (L B, D)
         with torch.autocast(x.device.type, enabled=False):
+            spread = sum(koleo_loss(cls) for cls in x[:, 0].split(B)) / G if self.koleo else 0.0
             z = self.student.head.unit(torch.cat(rows).float())  # all rows at once
             z_cls, z_patch, *z_local = z.split([len(row) for row in rows])
             s_cls = self.student.head.last_layer(torch.cat([z_cls, *z_local])).unflatten(0, (-1, B))
@@ -363,9 +362,9 @@ def main():
 
     def evaluate(step):
         pictures(model, data.some_images(args, val_set, 500), val_set, log.picture(step))
-        log.write(step, **data.knn_monitor(args, model, train_set, val_set), used=(
-            (model.hits > 0).float().mean().item()), knn_student=data.knn_monitor(
-                args, model.student.encoder, train_set, val_set)["knn"])
+        student = data.knn_monitor(args, model.student.encoder, train_set, val_set)["knn"]
+        log.write(step, **data.knn_monitor(args, model, train_set, val_set), knn_student=student,
+                  used=(model.hits > 0).float().mean().item())
         model.hits.zero_()                                      # used: since the last evaluation
         if step and (words := collapse(log.means, args)):
             data.say(words)
