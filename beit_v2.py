@@ -375,7 +375,7 @@ def train_tokenizer(args):
     def evaluate(step):
         result, counts = monitor(args, model, teacher, data.monitored(args, train_set, val_set)[1], whole)
         tokenizer_pictures(model, teacher, samples, counts, log.picture(step))
-        words_knn = data.knn_monitor(args, model, train_set, val_set)["knn"]
+        words_knn = data.knn_monitor(args, model, train_set, val_set, ranked=False)["knn"]
         log.write(step, **result, knn_words=words_knn)
         if step and result["usage"] < 0.2:
             data.say(f"only {result['usage']:.0%} of the codes occur: try --restart 50, fewer --num_codes or "
@@ -510,7 +510,8 @@ def pictures(model, tokenizer, views, mask, source, path):
     model.train()
     ids, image = tokenizer.tokens(views[1]), data.to_pixels(imgs, source)
     codes = getattr(tokenizer, "quantizer", None)               # a dVAE's codes are right or wrong
-    near = (codes.codebook[pred] * codes.codebook[ids]).sum(-1) if codes else (pred == ids).float()
+    near = (F.cosine_similarity(codes.codebook[pred], codes.codebook[ids], dim=-1) if codes
+            else (pred == ids).float())
     near = torch.where(mask, near, 1.0).unflatten(1, (g, g))
     data.save_rows(path, {"image": image, "visible": data.hide(image, mask)[0],
                           "predicted and\ntrue code": near},

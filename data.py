@@ -1210,8 +1210,8 @@ def as_words(kept, values):
     words = []
     for name, value in kept.items():
         if name in values and value is not None:
-            if isinstance(values[name], list):
-                value = value.split(",") if isinstance(value, str) else map(str, value)
+            if isinstance(values[name], list):                  # of old a text, or one number
+                value = value.split(",") if isinstance(value, str) else map(str, np.atleast_1d(value))
                 words += [f"--{name}", *value]
             else:
                 switch = f"--{'no-' * (not value)}{name}"
@@ -1923,7 +1923,7 @@ def load_checkpoint(args, **parts):
     return states["step"]
 
 
-INVISIBLE = ("decoder_heads", "early_layer")  # flags that change a model, but none of its tensors
+INVISIBLE = ("decoder_heads", "early_layer", "unit")  # flags that change a model, but none of its tensors
 
 
 def differences(args, flags, names=()):
@@ -2130,22 +2130,24 @@ def monitored(args, train_set, val_set):
 def effective_rank(x):
     """Of features (n, D): how many directions they use, exp of the entropy of their singular values' shares
     (RankMe, arXiv:2210.02885), from 1, all features alike, to D. A collapse shows here first."""
-    squares = torch.linalg.eigvalsh((x.T @ x).cpu().double()).clamp(min=0)
+    x = x.cpu().double().nan_to_num(0, 0, 0)                    # in float32 equal features have rank 2
+    squares = torch.linalg.eigvalsh(x.T @ x).clamp(min=0)
     share = F.normalize(squares.sqrt(), p=1, dim=0)
     return torch.special.entr(share).sum().exp().item()
 
 
 @torch.no_grad()
-def knn_monitor(args, model, train_set, val_set, k=20):
+def knn_monitor(args, model, train_set, val_set, k=20, ranked=True):
     """How good are model.features(imgs) -> (B, D)? {"knn": accuracy in % of a k-NN vote on `monitored`
-    images, None if all are of one class; "rank": `effective_rank`}. vit.py --mode knn reads all images."""
+    images, None if all are of one class; if `ranked`, "rank": `effective_rank`}. vit.py --mode knn reads all
+    images."""
     model.eval()
     train_x, train_y, x, y = itertools.chain(*(encode(args, model.features, source)
                                                for source in monitored(args, train_set, val_set)))
     model.train()
     (guess,) = knn_vote(train_x, train_y, x, [k], len(train_set.classes)).values()
     accuracy = (guess == y).float().mean().item() * 100 if len(train_set.classes) > 1 else None
-    return {"knn": accuracy, "rank": effective_rank(train_x)}
+    return {"knn": accuracy} | ({"rank": effective_rank(train_x)} if ranked else {})
 
 
 # ============================================================================================================

@@ -362,8 +362,8 @@ def main():
 
     def evaluate(step):
         pictures(model, data.some_images(args, val_set, 500), val_set, log.picture(step))
-        student = data.knn_monitor(args, model.student.encoder, train_set, val_set)["knn"]
-        log.write(step, **data.knn_monitor(args, model, train_set, val_set), knn_student=student,
+        student = data.knn_monitor(args, model.student.encoder, train_set, val_set, ranked=False)
+        log.write(step, **data.knn_monitor(args, model, train_set, val_set), knn_student=student["knn"],
                   used=(model.hits > 0).float().mean().item())
         model.hits.zero_()                                      # used: since the last evaluation
         if step and (words := collapse(log.means, args)):

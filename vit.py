@@ -417,6 +417,7 @@ SUPERVISED = {  # training from scratch, and what fine-tuning has in common with
     "ema":            ((0.0, 0.0, 0.0, 0.9999), "momentum of the average that is judged; 0: off", "[0, 1)"),
 }
 FINETUNE = {
+    "model":          data.COMMON["training"]["model"],         # no CNN
     "epochs":         (10, 3, 100, {"base": 100, "large": 50, "huge": 50}),  # passes over the images
     "batch_size":     (128, 128, 256, 1024),                    # of all GPUs together
     "blr":            (1e-3, 2e-3, 1e-3, {"base": 5e-4, "large": 1e-3, "huge": 1e-3}),
@@ -938,6 +939,9 @@ def main():
         data.stop("--mode finetune needs --init FILE; from scratch is --mode train")
     if mode == "train" and init:
         data.stop("--mode train starts from scratch: use --mode finetune with --init FILE")
+    if getattr(args, "optimizer", "") == "lbfgs":
+        for name in sorted(args.typed & {*LINEAR, "lr", "min_lr"} - {"optimizer", "layers"}):
+            data.stop(f"--{name} is for probes that are trained step by step: add --optimizer sgd")
     data.setup(args)
     train_set, val_set = data.load_sets(args)
     if len(train_set.classes) < 2:
@@ -1025,6 +1029,8 @@ def read_encoder(path, num_heads=0, content=None, finetune=False):
             data.expect(path, about, {"model": {}, "mean": mean, "std": std})
             state, config, mean, std = (about[name] for name in ("model", "config", "mean", "std"))
             state, is_cae = official_state(state), about.get("method") == "cae"
+        elif about["config"].get("pool") == "cnn":
+            data.stop(f"{path} is a CNN, which is trained with labels alone: give a Vision Transformer's")
         elif content.keys() & {"step", "method"}:               # ours, too, but with more than an encoder
             data.stop(f"{path} is no encoder: give the encoder.pt of that run")
         else:
