@@ -343,7 +343,7 @@ def test_fine_tuning_copies_the_shared_table_into_every_block(tmp_path):
     """Each block trains its own copy; mean pooling, a fresh fc_norm and head in the place of `norm`."""
     encoder = encoder_file(tmp_path / "encoder.pt")
     args = SimpleNamespace(init=str(tmp_path / "encoder.pt"), img_size=32, mode="finetune", drop_path=0.0,
-                           half_stats=False, num_heads=0, batch_size=512, accum_steps=1)
+                           model="micro", half_stats=False, num_heads=0, batch_size=512, accum_steps=1)
     model, _ = vit.build(args, 10, "mean")
     tables = [block.rel_pos_bias.relative_position_bias_table for block in model.blocks]
     assert len({id(table) for table in tables}) == 3 and model.rel_pos_bias is None

@@ -360,7 +360,7 @@ def test_tokenizer_file(tmp_path):
 def test_wrong_flags_and_files(flags, words, tmp_path, monkeypatch, capsys):
     """Missing teacher, a teacher of another grid, wrong stage's file: one sentence each."""
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": {}, "method": "dvae"}, "other.pt")
+    torch.save({"model": {}, "method": "mae"}, "other.pt")
     teacher_file("relative.pt", img_size=16, pos="none", rel_pos="shared")
     save(tmp_path, beit_v2.VQKD(ViT(**SMALL | {"img_size": 16}), 24, 8, 1, 20))
     (tmp_path / "tokenizer.pt").rename("coarse.pt")

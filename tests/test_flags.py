@@ -45,7 +45,7 @@ PROBED = {"weight_decay", "clip_grad", "eval_every"}            # a probe has no
 
 # ---- the views that a method shows ----
 
-FLIP, IBOT = dict(flip=0.5), dict(flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, gray=0.2)
+FLIP, IBOT = dict(flip=0.5), dict(flip=0.5, jitter=(0.4, 0.4, 0.2, 0.1), jitter_prob=0.8, gray=0.15)
 AUGS = {"none": data.View(12), "crop": data.View(12, scale=(0.2, 1.0), **FLIP),
         "crop_fixed": data.View(12, scale=(0.77, 0.77), ratio=(1, 1), **FLIP),
         "crop_jitter": data.View(12, scale=(0.2, 1.0), **FLIP, jitter=(0.4, 0.4, 0.4, 0.1))}
@@ -58,10 +58,10 @@ VIEWS = {
     "vqkd": [data.View(12, **CROP)], "vqkd 2": [data.View(12, **CROP)],
     "beit_v2": [data.View(12, **CROP, **JITTER, tokenizer_size=18)],
     "beit_v2 2": [data.View(12, **CROP, tokenizer_size=18)],
-    "ibot": [data.View(12, 2, scale=(0.35, 1.0), **IBOT, blur=(1.0, 0.1), solarize=(0.0, 0.2)),
-             data.View(6, 3, scale=(0.05, 0.45), **IBOT, blur=0.5)],
-    "ibot 2": [data.View(12, 2, scale=(0.35, 1.0), **IBOT, blur=(0.0, 0.0), solarize=(0.0, 0.2)),
-               data.View(12, 1, scale=(0.05, 0.45), **IBOT)],
+    "ibot": [data.View(12, 2, scale=(0.35, 0.95), **IBOT, blur=(1.0, 0.1), solarize=(0.0, 0.2)),
+             data.View(6, 3, scale=(0.15, 0.45), **IBOT, blur=0.5)],
+    "ibot 2": [data.View(12, 2, scale=(0.3, 0.9), **FLIP, blur=(0.0, 0.0), solarize=(0.0, 0.0)),
+               data.View(12, 1, scale=(0.1, 0.4), **FLIP)],
     "train": [data.View(12, **CROP, rand_augment=5.0, erase=0.15)], "train 2": [data.View(12, **CROP)],
     "finetune": [data.View(12, **CROP, rand_augment=5.0, erase=0.15)],
     "linear": [data.View(12, **CROP)], "linear 2": [data.View(12, **CROP)],
@@ -100,22 +100,23 @@ CASES = {
         tokenizer="codes.pt", target="tokens", masking="block", predict="all", plain=False, layer_scale=0.13,
         drop_path=0.2, crop_scale=0.37, color_jitter=0.29)),
     "beit 2": ("beit.py", SHORT | dict(
-        target="pixels", masking="random", num_masked=1, predict="masked", plain=True, drop_path=0.3,
-        crop_scale=0.37, color_jitter=0.0)),
+        target="pixels", norm_pix_loss=False, masking="random", num_masked=1, predict="masked", plain=True,
+        drop_path=0.3, crop_scale=0.37, color_jitter=0.0)),
     "cae": ("cae.py", LONG | MASKS | dict(
         tokenizer="codes.pt", target="tokens", masking="block", align_weight=1.7, momentum=0.6,
         regressor_depth=3, decoder_depth=4, decoder_dim=40, decoder_heads=5, layer_scale=0.13, drop_path=0.2,
         crop_scale=0.37)),
     "cae 2": ("cae.py", SHORT | dict(
-        target="pixels", masking="random", num_masked=1, align_weight=0.3, momentum=0.0, regressor_depth=1,
-        decoder_depth=5, decoder_dim=0, decoder_heads=0, layer_scale=0.0, drop_path=0.3, crop_scale=0.37)),
-    "vqkd": ("beit_v2.py --stage tokenizer", LONG | dict(
-        teacher="teacher.pt", num_codes=20, code_dim=5, decoder_depth=4, commit=0.7, decay=0.9, restart=2,
+        target="pixels", norm_pix_loss=True, masking="random", num_masked=1, align_weight=0.3, momentum=0.0,
+        regressor_depth=1, decoder_depth=5, decoder_dim=0, decoder_heads=0, layer_scale=0.0, drop_path=0.3,
         crop_scale=0.37)),
+    "vqkd": ("beit_v2.py --stage tokenizer", LONG | dict(
+        teacher="teacher.pt", num_codes=20, code_dim=5, decoder_depth=4, commit=0.7, codes="ema", unit=True,
+        decay=0.9, restart=2, crop_scale=0.37)),
     "vqkd 2": ("beit_v2.py --stage tokenizer", SHORT | dict(
         tokenizer="",                                           # is for the other stage
-        teacher="teacher.pt", num_codes=18, code_dim=6, decoder_depth=1, commit=1.2, decay=0.8, restart=0,
-        crop_scale=0.37)),
+        teacher="teacher.pt", num_codes=18, code_dim=6, decoder_depth=1, commit=1.2, codes="gradient",
+        unit=False, decay=0.8, restart=0, crop_scale=0.37)),
     "beit_v2": ("beit_v2.py --stage pretrain", LONG | MASKS | dict(
         tokenizer="words.pt", masking="block", beta2=0.97, early_layer=2, branch_depth=4, shared_head=False,
         layer_scale=0.13, drop_path=0.2, crop_scale=0.37, color_jitter=0.29)),
@@ -127,13 +128,14 @@ CASES = {
         head_bottleneck=14, norm_last_layer=False, freeze_last_layer=1, teacher_temp_start=0.03,
         teacher_temp=0.05, patch_temp=0.09, warmup_temp_epochs=2, pred_ratio=(0.3, 0.6),
         pred_ratio_var=(0.05, 0.2), pred_shape="block", pred_start_epoch=1, lambda1=0.8, lambda2=1.3,
-        drop_path=0.2, global_scale=0.35, local_scale=0.45, local_crops=3, local_size=6, blur=True)),
+        drop_path=0.2, global_scale=(0.35, 0.95), local_scale=(0.15, 0.45), local_crops=3, local_size=6,
+        blur=True, koleo=0.3, aug="color", gray=0.15)),
     "ibot 2": ("ibot.py", SHORT | dict(
         weight_decay_end=0.31, momentum=0.5, out_dim=22, patch_out_dim=22,
         shared_head=True, head_hidden=18, head_bottleneck=10, norm_last_layer=True, freeze_last_layer=0,
         pred_shape="rand", pred_ratio=(0.5,), pred_ratio_var=(0.0,), pred_start_epoch=0, lambda1=1.4,
-        lambda2=0.6, drop_path=0.3, global_scale=0.35, local_scale=0.45, local_crops=1, local_size=12,
-        blur=False)),
+        lambda2=0.6, drop_path=0.3, global_scale=(0.3, 0.9), local_scale=(0.1, 0.4), local_crops=1,
+        local_size=12, blur=False, koleo=0.0, aug="crop")),
     "train": ("vit.py --mode train", LONG | MIX | dict(
         pool="cls", pos="sincos", rel_pos="block", layer_scale=0.13, stem="patch")),
     "train 2": ("vit.py --mode train", SHORT | MIX | dict(
@@ -350,6 +352,14 @@ def masks_of(seen, rule):
     return found
 
 
+def targets_of(seen):
+    """Codes are those of codes.pt; pixels may be less their patch's mean, over its std."""
+    if seen.model.target == "tokens":
+        return {"target": "tokens", "tokenizer": "codes.pt"}
+    means = torch.cat([call["inputs"][1] for call in seen.calls]).mean(-1)
+    return {"target": "pixels", "norm_pix_loss": means.abs().max().item() < 1e-4}
+
+
 def view_of(seen):
     view = seen.views[0]
     return {"crop_scale": view.scale[0], "color_jitter": view.jitter[0] if view.jitter else 0.0}
@@ -377,11 +387,9 @@ def beit_of(seen):
     plain = model.encoder.pos_embed is not None
     assert plain == (model.encoder.rel_pos_bias is None)
     assert model.lm_head.out_features == (24 if tokens else 3 * 6 * 6)
-    return masks_of(seen, "end") | view_of(seen) | {
-        "target": model.target, "predict": model.predict, "plain": plain,
-        "drop_path": drop_path_of(model.encoder.blocks),
-        **({} if plain else {"layer_scale": layer_scale_of(seen)}),
-        **({"tokenizer": "codes.pt"} if tokens else {})}
+    return masks_of(seen, "end") | view_of(seen) | targets_of(seen) | {
+        "predict": model.predict, "plain": plain, "drop_path": drop_path_of(model.encoder.blocks),
+        **({} if plain else {"layer_scale": layer_scale_of(seen)})}
 
 
 def cae_of(seen):
@@ -391,13 +399,13 @@ def cae_of(seen):
                  + [block.attn.num_heads for block in model.decoder_blocks])
     assert model.head.out_features == (24 if tokens else 3 * 6 * 6)
     assert len(model.mask_token.flatten()) == model.head.in_features
-    return found | {
-        "target": model.target, "align_weight": model.align_weight, "layer_scale": layer_scale_of(seen),
+    return found | targets_of(seen) | {
+        "align_weight": model.align_weight, "layer_scale": layer_scale_of(seen),
         "regressor_depth": len(model.regressor_blocks), "decoder_depth": len(model.decoder_blocks),
         "decoder_dim": model.head.in_features if wider else 0, "decoder_heads": heads if heads != 2 else 0,
         "drop_path": only(round(drop_path_of(blocks), 9) for blocks in (
             model.encoder.blocks, model.decoder_blocks, model.regressor_blocks) if len(blocks) > 1),
-        "crop_scale": view_of(seen)["crop_scale"], **({"tokenizer": "codes.pt"} if tokens else {})}
+        "crop_scale": view_of(seen)["crop_scale"]}
 
 
 def vqkd_of(seen):
@@ -405,7 +413,8 @@ def vqkd_of(seen):
     assert model.decode_task_layer[2].out_features == 24, "the width of teacher.pt"
     return {"teacher": "teacher.pt", "num_codes": len(model.quantizer.codebook),
             "code_dim": model.quantizer.codebook.shape[1], "decoder_depth": len(model.decoder.blocks),
-            "commit": model.quantizer.commit, "decay": model.quantizer.decay,
+            "commit": model.quantizer.commit, "decay": model.quantizer.decay, "unit": model.quantizer.unit,
+            "codes": "gradient" if isinstance(model.quantizer.codebook, torch.nn.Parameter) else "ema",
             "crop_scale": view_of(seen)["crop_scale"]}
 
 
@@ -432,8 +441,9 @@ def ibot_of(seen):
             "shared_head": head.last_layer is head.last_layer2, "head_hidden": head.mlp[0].out_features,
             "head_bottleneck": head.mlp[-1].out_features, "lambda1": model.lambda1, "lambda2": model.lambda2,
             "norm_last_layer": not head.last_layer.weight_g.requires_grad,
-            "drop_path": drop_path_of(networks[0].blocks), "blur": near.blur > 0,
-            "global_scale": wide.scale[0], "local_scale": near.scale[1], "local_crops": near.count,
+            "drop_path": drop_path_of(networks[0].blocks), "blur": near.blur > 0, "koleo": model.koleo,
+            "global_scale": wide.scale, "local_scale": near.scale, "local_crops": near.count,
+            "aug": "color" if wide.jitter else "crop", "gray": wide.gray,
             "local_size": near.size, "pred_shape": "block" if seen.masks else "rand"}
 
 
@@ -497,8 +507,9 @@ def test_size_of_the_encoder(name, seen_of):
         found = {key: encoder.config[key] for key in ("img_size", "patch_size", *SMALL)}
         assert found == SMALL | dict(img_size=12, patch_size=typed["patch_size"])
         assert len(encoder.blocks) == 3 and only(block.attn.num_heads for block in encoder.blocks) == 2
-    size = seen.views[0].size if name.startswith("dvae") else size
     plain = [data.View(size), data.View(size, tokenizer_size=seen.views[0].tokenizer_size)]
+    if name.startswith("dvae"):                                 # which resizes what the k-NN shows it
+        plain.append(data.View(seen.views[0].size))
     assert seen.shown and all(view in plain for view, _ in seen.shown)
 
 
@@ -618,7 +629,8 @@ def test_log_of_the_run(name, seen_of):
     saved = [call["obj"]["step"] for call in seen.saved if "step" in call["obj"]]   # also before evaluations
     assert saved == ([2, 6] if name in PROBES else [2, 4, 6])
     if name in ("mae", "beit", "cae", "beit_v2", "ibot"):
-        assert len(seen.judged) == 4 and all(call["model"] is seen.model for call in seen.judged)
+        student = [seen.model.student.encoder] if name == "ibot" else []
+        assert [call["model"] for call in seen.judged] == 4 * [seen.model, *student]
         assert {(len(call["train_set"]), len(call["val_set"])) for call in seen.judged} == {(200, 8)}
 
 

@@ -511,26 +511,36 @@ def test_knn_monitor_is_a_plain_vote_of_the_training_images():
         bank, x = (plain_encoder("file.pt").features(pictures(n, own)[0])
                    for n, own in zip((True, False), stats))
     wanted = voted(bank, pictures(True)[1], x, pictures(False)[1], 20)
-    assert found == pytest.approx(wanted) and 10 < wanted < 90
+    assert found["knn"] == pytest.approx(wanted) and 10 < wanted < 90
+    share = torch.linalg.svdvals(bank.double()) / torch.linalg.svdvals(bank.double()).sum()
+    assert found["rank"] == pytest.approx((-(share * share.log()).sum()).exp().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ("mae", "beit", "cae", "ibot", "beit_v2"))
 def test_training_images_are_the_bank_of_every_monitor(name):
-    """Each method logs the vote of the 208 training images on the 41 validation images."""
+    """Each method logs the vote of the 208 training images on the 41 validation images, the rank of what they
+    vote by, and of iBOT the student's vote, too.
+    """
     asked = []
 
     def prepare(patch):
         shrink(patch)
         monitor = data.knn_monitor
 
-        def watched(args, model, train_set, val_set):
-            asked.append((len(train_set), len(val_set), monitor(args, model, train_set, val_set)))
+        def watched(args, model, train_set, val_set, **options):
+            asked.append((len(train_set), len(val_set), monitor(args, model, train_set, val_set, **options)))
             return asked[-1][-1]
         patch.setattr(data, "knn_monitor", watched)
     run(f"{METHODS[name]} --max_steps 1 --output_dir run", prepare)
-    assert [sizes[:2] for sizes in asked] == [(208, 41)] * 2
-    logged = [line["knn"] for line in log_of("run") if "knn" in line]
-    assert logged == pytest.approx([knn for _, _, knn in asked], rel=1e-4)
+    assert {sizes[:2] for sizes in asked} == {(208, 41)}
+    found = [result for *_, result in asked]
+    if name == "ibot":
+        found = [teacher | {"knn_student": student["knn"]} for teacher, student in zip(found[::2], found[1::2])]
+    logged = [line for line in log_of("run") if "knn" in line]
+    assert len(logged) == len(found) == 2
+    for line, result in zip(logged, found):
+        assert {key: line[key] for key in result} == pytest.approx(result, rel=1e-4)
+        assert 1 <= line["rank"] <= 32
 
 
 # ---- parts and ranks ----
@@ -590,7 +600,7 @@ def test_the_monitor_reads_a_share_of_the_images(monkeypatch):
                                     (900, 60_000, 50_000, 3_000), (1, 500, 500, 400)):
         val = images(min(3_000, 400 if n == 500 else 3_000))
         for _ in range(2):
-            assert data.knn_monitor(SimpleNamespace(epochs=epochs), model, images(n), val) == 100
+            assert data.knn_monitor(SimpleNamespace(epochs=epochs), model, images(n), val)["knn"] == 100
         assert [len(part) for part in asked] == 2 * [bank, judged] and asked[:2] == asked[2:]
         assert all(len(set(part)) == len(part) for part in asked)
         asked.clear()

@@ -118,15 +118,16 @@ def watch(command, kind=None):
     def after(optimizer, args, kwargs):
         notes.steps[-1].after, notes.parts = copies(weights_of(optimizer)), []
 
-    def knn(args, model, train_set, val_set):
-        accuracy = monitor(args, model, train_set, val_set)
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            notes.knn.append((accuracy, model.features(pixels(train_set)), model.features(pixels(val_set))))
-        model.train(training)
-        notes.sets = train_set, val_set
-        return accuracy
+    def knn(args, model, train_set, val_set, **options):
+        result = monitor(args, model, train_set, val_set, **options)
+        if "rank" in result:                                    # neither of codes nor of iBOT's student
+            training = model.training
+            model.eval()
+            with torch.no_grad():
+                notes.knn.append((result, model.features(pixels(train_set)), model.features(pixels(val_set))))
+            model.train(training)
+            notes.sets = train_set, val_set
+        return result
 
     def loader(self, args, source, views, train=True):
         if not train:
@@ -566,22 +567,25 @@ def features(encoder, imgs, name):
 
 @pytest.mark.parametrize("name", ("mae", "beit", "cae", "ibot", "beit_v2"))
 def test_knn_monitor_reads_the_exported_encoder(name, runs):
-    """After the last step: the features of encoder.pt, in evaluation mode; the log has the vote of 20."""
+    """After the last step: the features of encoder.pt, in evaluation mode; the log has the vote of 20 and the
+    rank."""
     notes = runs(name)
     file = read(notes.folder / "encoder.pt")
     encoder = vit.ViT(**file["config"]).eval()
     encoder.load_state_dict(file["model"])
     with torch.no_grad():
         train_x, x = (features(encoder, pixels(source), name) for source in notes.sets)
-    accuracy, *found = notes.knn[-1]
+    result, *found = notes.knn[-1]
     assert torch.allclose(found[0], train_x, atol=1e-5) and torch.allclose(found[1], x, atol=1e-5)
     near = (F.normalize(x, dim=1) @ F.normalize(train_x, dim=1).T).topk(20)
     labels = F.one_hot(notes.sets[0].labels[near.indices]).float()
     guess = ((near.values / 0.07).exp()[:, :, None] * labels).sum(1).argmax(1)
-    assert accuracy == pytest.approx((guess == notes.sets[1].labels).float().mean().item() * 100)
-    logged = {line["step"]: line["knn"] for line in log_of(notes.folder) if "knn" in line}
+    assert result["knn"] == pytest.approx((guess == notes.sets[1].labels).float().mean().item() * 100)
+    logged = {line["step"]: line for line in log_of(notes.folder) if "knn" in line}
     assert list(logged) == [0, EPOCH_STEPS, STEPS]
-    assert list(logged.values()) == pytest.approx([accuracy for accuracy, *_ in notes.knn], rel=1e-5)
+    for key in ("knn", "rank"):
+        assert [line[key] for line in logged.values()] == pytest.approx(
+            [result[key] for result, *_ in notes.knn], rel=1e-5)
 
 
 def test_tokenizers_are_judged_as_exported(runs):

@@ -198,10 +198,10 @@ def test_unreadable_training_files(workers, tmp_path, capfd):
     args = make_args(data=str(root), num_workers=workers, epochs=4, batch_size=11, amp="none")
     train, val = data.load_sets(args)
     assert len(train) == 24 + len(bad)
-    assert data.knn_monitor(args, Colours(), train, val, k=5) == 100
+    assert data.knn_monitor(args, Colours(), train, val, k=5)["knn"] == 100
     loader = data.Loader(args, train, [data.View(8)])
     steps = all_batches(loader)
-    assert data.knn_monitor(args, Colours(), train, val, k=5) == 100 and len(steps) == 12
+    assert data.knn_monitor(args, Colours(), train, val, k=5)["knn"] == 100 and len(steps) == 12
     said = capfd.readouterr().err
     assert all(said.count(f"{path} (") == 1 for path in bad) and f"({len(bad)} so far)" in said
     assert len(data.encode(args, Colours().features, train)[1]) == 24
@@ -323,7 +323,7 @@ def test_folders_as_people_have_them(make, tmp_path, capsys):
     assert text.count("left out") <= 1
     views = [data.View(16, scale=(0.2, 1.0)), data.View(16)]
     assert all(len(parts) == 1 for parts in all_batches(data.Loader(args, train, views)).values())
-    accuracy = data.knn_monitor(args, Colours(), train, val, k=3)
+    accuracy = data.knn_monitor(args, Colours(), train, val, k=3)["knn"]
     assert accuracy is None if len(train.classes) == 1 else accuracy > 50
     assert not train.skipped and "".join(train.classes).isprintable()
 

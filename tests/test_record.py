@@ -30,7 +30,8 @@ COMMANDS = {  # in this order: each finds what it needs below out/
     "train": "vit.py --mode train --mixup 0.8 --cutmix 1 --rand_augment 9 --erase 0.25 --drop_path 0.1 "
              "--ema 0.9 --output_dir out/train",
     "finetune": "vit.py --mode finetune --init out/mae-shapes/encoder.pt --output_dir out/finetune",
-    "linear": "vit.py --mode linear --init out/mae-shapes/encoder.pt --layers all --output_dir out/linear",
+    "linear": "vit.py --mode linear --init out/mae-shapes/encoder.pt --layers all --optimizer sgd "
+              "--output_dir out/linear",
     "attentive": "vit.py --mode attentive --init out/mae-shapes/encoder.pt --output_dir out/attentive",
 }
 

@@ -46,7 +46,7 @@ BEIT2 = f"beit_v2.py {TINY} --stage pretrain --num_masked 2 --min_block 1 --earl
 IBOT = (f"ibot.py {TINY} --local_size 4 --local_crops 1 --out_dim 16 --patch_out_dim 16 --head_hidden 16 "
         "--head_bottleneck 8")
 TRAIN = f"vit.py {TINY} --mode train --mixup 0.8 --drop_path 0.1 --ema 0.9"
-LINEAR = f"vit.py {TINY} --mode linear --blrs 1 10"
+LINEAR = f"vit.py {TINY} --mode linear --optimizer sgd --blrs 1 10"
 METHODS = {"mae": MAE, "dvae": DVAE, "beit": BEIT, "cae": CAE, "ibot": IBOT, "vqkd": VQKD, "beit_v2": BEIT2}
 SCRIPTS = METHODS | {"train": TRAIN, "linear": LINEAR}
 FILES = {"args.json", "curves.png", "encoder.pt", "last.pt", "log.jsonl", "pictures"}
@@ -65,6 +65,7 @@ def shrink(patch):
     patch.setitem(vit.SIZES, "micro", dict(embed_dim=32, depth=2, num_heads=2))
     patch.setattr(data, "save_rows", lambda *args: None)
     patch.setattr(data, "save_usage", lambda *args: None)
+    patch.setattr(data, "save_plot", lambda *args, **settings: None)
     patch.setattr(data, "curves", lambda path: None)
 
 
