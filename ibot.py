@@ -43,15 +43,15 @@ from vit import (SIZES, ViT, attention_pictures, cosine_lr, half_cosine, load_in
 RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the published commands); meaning; range
     "lambda1":            (1.0, "weight of the class token's loss", "[0, inf)"),
     "lambda2":            (1.0, "weight of the patches' loss", "[0, inf)"),
-    "koleo":              (0.0, "weight of KoLeo, which spreads class tokens (DINOv2)", "[0, inf)"),
-    "momentum":           ((0.98, 0.99, 0.996, 0.996), "the teacher's at the start; rises to 1", "[0, 1]"),
+    "koleo":              ((0.5, 0.5, 0.0, 0.0), "weight of KoLeo, which spreads class tokens", "[0, inf)"),
+    "momentum":           ((0.98, 0.98, 0.99, 0.996), "the teacher's at the start; rises to 1", "[0, 1]"),
     "teacher_temp_start": ((0.02, 0.02, 0.04, 0.04), "the teacher's in epoch 0, both", "(0, 10]"),
-    "teacher_temp":       ((0.02, 0.02, 0.07, 0.07), "the class token's; > 0.07 is unstable", "(0, 10]"),
-    "patch_temp":         ((0.02, 0.02, 0.07, 0.07), "the teacher's temperature for patches", "(0, 10]"),
+    "teacher_temp":       ((0.02, 0.02, 0.04, 0.07), "the class token's; > 0.07 is unstable", "(0, 10]"),
+    "patch_temp":         ((0.02, 0.02, 0.04, 0.07), "the teacher's temperature for patches", "(0, 10]"),
     "warmup_temp_epochs": ((1, 1, 30, {"base": 50, "small": 30}), "epochs in which these rise", "[0, 1e9]"),
-    "out_dim":            ((256, 256, 4096, 8192), "prototypes K for the class token", "[2, 1e9]"),
-    "patch_out_dim":      ((256, 256, 4096, 8192), "prototypes K' for patches", "[2, 1e9]"),
-    "shared_head":        (True, "one set of prototypes for class token and patches: K = K'"),
+    "out_dim":            ((256, 256, 2048, 8192), "prototypes K for the class token", "[2, 1e9]"),
+    "patch_out_dim":      ((256, 256, 2048, 8192), "prototypes K' for patches", "[2, 1e9]"),
+    "shared_head":        ((False, False, True, True), "one set of prototypes for both: K = K'"),
     "head_hidden":        ((256, 256, 1024, 2048), "hidden width of the projection head", "[1, 1e9]"),
     "head_bottleneck":    ((64, 64, 256, 256), "width of the head's unit vectors", "[1, 1e9]"),
     "norm_last_layer":    ((True, True, True, {"base": True, "small": False}), "prototypes keep length 1"),
@@ -72,8 +72,8 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the published
     "drop_path":          ((0.0, 0.0, 0.1, 0.1), "drop path rate of the student's last block", "[0, 1)"),
     "weight_decay_end":   ((0.04, 0.04, 0.04, 0.4), "at the end; it starts at --weight_decay", "[0, inf)"),
     "epochs":             (12, 5, 200, {"base": 400, "small": 800}),  # passes over the images
-    "batch_size":         (64, 64, 512, 1024),                  # of all GPUs together
-    "blr":                (1e-3, 1e-3, 5e-4, {"base": 7.5e-4, "small": 5e-4}),  # lr = blr * batch_size / 256
+    "batch_size":         (32, 32, 128, 1024),                  # of all GPUs together
+    "blr":                (6e-3, 6e-3, 5e-4, {"base": 7.5e-4, "small": 5e-4}),  # lr = blr * batch_size / 256
     "min_lr":             (1e-6, 1e-6, 1e-6, {"base": 2e-6, "small": 1e-6}),  # at the end
     "warmup_epochs":      (1.0, 0.5, 10.0, 10.0),               # in which lr rises from 0
     "weight_decay":       0.04,                                 # at the start; not on biases and norms
