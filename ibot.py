@@ -27,8 +27,11 @@ Less work than the official code, the same numbers: the student's head reads cla
 only; the prototypes are linear, so the teacher's patch centre is their value at the mean of the unit vectors.
 The hidden patches of a batch are padded to a fixed count, six standard deviations above their mean.
 
-Deviations: crops of small images are not blurred; the blocks' linear layers start with the deviation
-0.02 (768 / D)^(1/2): the official 0.02, right for ViT-B, leaves narrower ViTs with nearly silent blocks.
+Deviations: the columns for small images have larger crops, fewer prototypes, smaller batches, a constant
+weight decay and a cooler teacher than ImageNet's; the two shortest add KoLeo and give patches prototypes of
+their own (trials: .github/results/README.md). Crops of small images are not blurred. The blocks' linear
+layers start with the deviation 0.02 (768 / D)^(1/2): the official 0.02, right for ViT-B, leaves narrower ViTs
+with nearly silent blocks.
 """
 import math
 
