@@ -773,7 +773,7 @@ def logistic(args, train_set, val_set, encoder):
         return torch.cat([pool(x) for x in probed_layers(args, encoder, imgs) for pool in POOLS.values()], 1)
     encoder.eval()
     (train_x, train_y), (x, y) = (data.encode(args, features, source) for source in (train_set, val_set))
-    kept, result, right = torch.arange(len(train_y)) % 10 > 0, {}, {}
+    kept, result, right, penalties = torch.arange(len(train_y)) % 10 > 0, {}, {}, {}
     for name, a, b in zip(names, train_x.chunk(len(names), 1), x.chunk(len(names), 1)):
         std, mean = torch.std_mean(a, 0)
         a, b = ((part - mean) / (std + 1e-6) for part in (a, b))
@@ -782,13 +782,13 @@ def logistic(args, train_set, val_set, encoder):
             layer = fit_logistic(a[rows], train_y[rows], len(train_set.classes), penalty)
             return (layer(x).argmax(1) == y).float().mean().item() * 100
         aside = {penalty: accuracy(kept, a[~kept], train_y[~kept], penalty) for penalty in PENALTIES}
-        penalty = max(aside, key=aside.get)
-        right[name] = aside[penalty]
-        result |= {name: accuracy(slice(None), b, y, penalty), f"{name}_penalty": penalty}
+        penalties[name] = max(aside, key=aside.get)
+        right[name] = aside[penalties[name]]
+        result[name] = accuracy(slice(None), b, y, penalties[name])
     if args.layers == "all":
         best = max(right, key=right.get)
         result |= {"best": result[best], "best_feature": best}
-    return result
+    return result | {"penalties": penalties}
 
 
 # ---- knn ----
