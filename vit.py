@@ -788,6 +788,7 @@ def logistic(args, train_set, val_set, encoder):
     if args.layers == "all":
         best = max(right, key=right.get)
         result |= {"best": result[best], "best_feature": best}
+    pictures(args, encoder, val_set)
     return result | {"penalties": penalties}
 
 
