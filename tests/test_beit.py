@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import beit
+import beit_v2
 import data
 import dvae
 import vit
@@ -293,12 +294,13 @@ def test_a_tokenizer_that_does_not_fit(name, words, tmp_path, monkeypatch, capsy
 # ---- pictures ----
 
 
-def shown(model, views, mask, answer, monkeypatch, tokenizer=None):
+def shown(model, views, mask, answer, monkeypatch, tokenizer=None, **options):
     """Rows and title of the picture if the head gives `answer`, for images of mean 0 and std 1."""
     taken = []
     monkeypatch.setattr(model.lm_head, "forward", lambda h: answer)
     monkeypatch.setattr(data, "save_rows", lambda path, rows, title: taken.append((rows, title)))
-    beit.pictures(model, tokenizer, views, mask, SimpleNamespace(mean=(0.0,) * 3, std=(1.0,) * 3), "x.png")
+    beit.pictures(model, tokenizer, views, mask, SimpleNamespace(mean=(0.0,) * 3, std=(1.0,) * 3), "x.png",
+                  **options)
     return taken[0]
 
 
@@ -320,12 +322,28 @@ def test_pictures_of_codes(monkeypatch):
     assert title.startswith(f"{mask[:, :32].sum() / mask.sum():.1%} of the hidden codes")
 
 
-def test_pictures_of_pixels(monkeypatch):
-    """With the right normalised pixels, the painted image is the image itself."""
+@pytest.mark.parametrize("norm", (True, False))
+def test_pictures_of_pixels(norm, monkeypatch):
+    """With the right pixels, normalised or plain, the painted image is the image itself; the title says what
+    is given away."""
     imgs, (_, _, mask) = torch.rand(4, 3, 32, 32), batch()
-    model = tiny_beit(vocab=48, target="pixels")
-    rows, _ = shown(model, [imgs], mask, beit.pixel_targets(imgs, 4), monkeypatch)
-    assert torch.allclose(rows["predicted, painted"], imgs, atol=1e-5)
+    model, target = tiny_beit(vocab=48, target="pixels"), beit.pixel_targets(imgs, 4, norm)
+    assert norm or torch.equal(target[1, 17], imgs[1, :, 8:12, 4:8].flatten())
+    rows, title = shown(model, [imgs], mask, target, monkeypatch, norm_pix_loss=norm)
+    assert torch.allclose(rows["predicted, painted"], imgs, atol=1e-5) and ("true ones" in title) == norm
+
+
+def test_pictures_of_codes_without_pixels(monkeypatch):
+    """Codes of VQ-KD paint nothing: where they are predicted right it is white, elsewhere black."""
+    tokenizer = beit_v2.VQKD(ViT(32, 4, 16, 1, 2), 16, 4, 1, 8)
+    imgs, (_, _, mask) = torch.rand(4, 3, 32, 32), batch()
+    ids = tokenizer.tokens(imgs)
+    guess = torch.where(torch.arange(64) < 32, ids, (ids + 1) % 16)         # right in the upper half
+    rows, _ = shown(tiny_beit(vocab=16), [imgs, imgs], mask, F.one_hot(guess, 16), monkeypatch, tokenizer)
+    assert (rows["true codes, painted"] == 1).all()
+    right = F.interpolate((guess == ids).float().view(-1, 1, 8, 8), size=32)
+    hole = F.interpolate(mask.float().view(-1, 1, 8, 8), size=32)
+    assert torch.equal(rows["predicted, painted"], torch.where(hole > 0, right, imgs))
 
 
 # ---- the judge ----

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import beit_v2
 import data
+import dvae
 from vit import ViT, load_init, official_state, param_groups
 
 SMALL = dict(img_size=32, patch_size=4, embed_dim=32, depth=4, num_heads=4)
@@ -176,6 +177,52 @@ def test_gradient_passes_the_codes_unchanged():
     assert torch.allclose(u.grad, tangent, atol=1e-5)
 
 
+def test_codes_that_a_gradient_trains(close):
+    """--codes gradient: of |sg[u] - e|^2, 2 (e - u) / (n E) of each vector u that chose the code e; u has the
+    gradient of the commitment alone, and no average moves the codes: after a step they have length 1."""
+    torch.manual_seed(0)
+    quantizer = beit_v2.Quantizer(6, 4, decay=0.5, commit=0.3, trained=True)
+    z = torch.randn(9, 4).requires_grad_()
+    _, ids, loss, moments = quantizer(z)
+    e, u = quantizer.codebook.detach().clone(), F.normalize(z, dim=1)
+    close(loss, 1.3 * (e[ids] - u).square().mean().detach())
+    code_gradient, z_gradient = torch.autograd.grad(loss, (quantizer.codebook, z), retain_graph=True)
+    wanted = torch.zeros(6, 4)
+    for i, k in enumerate(ids.tolist()):
+        wanted[k] += 2 * (e[k] - u[i].detach()) / (9 * 4)
+    close(code_gradient, wanted)
+    close(z_gradient, torch.autograd.grad(0.3 * (e[ids] - u).square().mean(), z)[0])
+    quantizer.update(*moments)
+    close(quantizer.codebook, e)
+    assert quantizer.hits.tolist() == ids.bincount(minlength=6).tolist()
+    with torch.no_grad():
+        quantizer.codebook.mul_(3)
+    quantizer.update(*moments)
+    close(quantizer.codebook, e)
+
+
+def test_codes_of_any_length():
+    """--no-unit: the nearest in Euclid's distance, where the direction may say another; a code moves to the
+    mean of its vectors, whatever their lengths, and unused ones begin anew at vectors as they are."""
+    quantizer = beit_v2.Quantizer(3, 2, decay=0.9, unit=False)
+    quantizer.codebook.copy_(torch.tensor([[1.0, 0], [0, 1], [5, 5]]))
+    z = torch.tensor([[3.0, 3.5], [1, 0.9], [0.5, 0], [3, 1]])
+    q, ids, loss, moments = quantizer(z)
+    assert ids.tolist() == [2, 0, 0, 0]
+    distances = torch.tensor([4 + 2.25, 0.81, 0.25, 4 + 1])
+    assert torch.equal(q, quantizer.codebook[ids]) and torch.allclose(loss, distances.sum() / 8)
+    quantizer.update(*moments)
+    moved = 0.9 * torch.tensor([1.0, 0]) + 0.1 * z[1:].mean(0)
+    assert torch.allclose(quantizer.codebook, torch.stack([moved, torch.tensor([0.0, 1]), torch.tensor(
+        [0.9 * 5 + 0.1 * 3, 0.9 * 5 + 0.1 * 3.5])]), atol=1e-6)
+    kept = quantizer.codebook[[0, 2]].clone()
+    quantizer.restart(z)
+    assert torch.equal(quantizer.codebook[[0, 2]], kept)
+    assert (quantizer.codebook[1] == z).all(1).any() and not quantizer.hits.any()
+    quantizer.start(z)
+    assert all((code == z).all(1).any() for code in quantizer.codebook)
+
+
 def test_tokenizer_loss_by_hand():
     """1 - cosine of the rebuilt features, mean over all patches, plus the commitment."""
     model, imgs, target = tiny_vqkd(), torch.randn(3, 3, 32, 32).clamp(-1, 1), torch.randn(3, 64, 20)
@@ -189,6 +236,7 @@ def test_tokenizer_loss_by_hand():
     assert torch.allclose(loss, rec + commit) and counts.sum() == 192 and z.shape == (192, 8)
     pixels = (imgs + 1) / 2
     assert torch.equal(model.tokens(pixels), ids) and ids.dtype == torch.long
+    assert torch.equal(model.features(imgs)[2], ids[2].bincount(minlength=24))
 
 
 def test_quantizer_is_float32_under_autocast():
@@ -336,14 +384,54 @@ def test_one_batch_is_overfitted(make, target):
 # ---- files and mistakes ----
 
 
-def test_tokenizer_file(tmp_path):
-    """A saved file, load_tokenizer: the same codes, frozen."""
-    model = tiny_vqkd()
+@pytest.mark.parametrize("options", ({}, dict(unit=False), dict(trained=True)))
+def test_tokenizer_file(options, tmp_path):
+    """A saved file, load_tokenizer: the same codes, frozen, of vectors of length 1 or of any."""
+    model = tiny_vqkd(**options)
+    with torch.no_grad():
+        model.encode_task_layer[2].weight.mul_(100)             # as long as the codes
     save(tmp_path, model)
     loaded, imgs = beit_v2.load_tokenizer(tmp_path / "tokenizer.pt"), torch.rand(3, 3, 32, 32)
-    assert torch.equal(loaded.tokens(imgs), model.tokens(imgs))
+    assert torch.equal(loaded.tokens(imgs), model.tokens(imgs)) and len(model.tokens(imgs).unique()) > 1
+    if "unit" in options:
+        model.quantizer.unit = True
+        assert not torch.equal(loaded.tokens(imgs), model.tokens(imgs)), "lengths do not matter"
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
     assert (loaded.vocab, loaded.grid, loaded.img_size) == (24, 8, 32)
+
+
+def test_an_old_tokenizer_has_unit_vectors(tmp_path):
+    """Its config says nothing of them, and other scripts' loader reads it, too."""
+    model, imgs = tiny_vqkd(), torch.rand(3, 3, 32, 32)
+    assert model.config.pop("unit") is True
+    save(tmp_path, model)
+    for load in (beit_v2.load_tokenizer, dvae.load_tokenizer):
+        loaded = load(tmp_path / "tokenizer.pt")
+        assert loaded.quantizer.unit and torch.equal(loaded.tokens(imgs), model.tokens(imgs))
+
+
+@pytest.mark.parametrize("kind", ("unit", "any length", "dVAE"))
+def test_picture_of_the_predicted_codes(kind, monkeypatch):
+    """Cosine of the predicted code's vector to the true one's, whatever their lengths; a dVAE's codes have no
+    vectors: 1 or 0. What is visible counts as right."""
+    model, (imgs, _, mask), rows = tiny_beit(), batch(), []
+    tokenizer = (dvae.DVAE(grid=8, stride=4, n_hid=8, vocab=64) if kind == "dVAE"
+                 else tiny_vqkd(num_codes=64, unit=kind == "unit"))
+    ids = tokenizer.tokens(pixels := torch.rand(4, 3, 32, 32))
+    guess = torch.where(torch.arange(64) < 32, ids, (ids + 1) % 64)         # right in the upper half
+    monkeypatch.setattr(model.lm_head, "forward", lambda h: F.one_hot(guess, 64))
+    monkeypatch.setattr(data, "save_rows", lambda path, found, title: rows.append((found, title)))
+    beit_v2.pictures(model, tokenizer, [imgs, pixels], mask, SimpleNamespace(mean=(0.0,) * 3, std=(1.0,) * 3),
+                     "x.png")
+    (found, title), = rows
+    near = found["predicted and\ntrue code"].flatten(1)
+    for b in range(4):
+        for i in range(64):
+            a, c = guess[b, i], ids[b, i]
+            wanted = (1.0 if not mask[b, i] or a == c else 0.0 if kind == "dVAE" else F.cosine_similarity(
+                tokenizer.quantizer.codebook[a], tokenizer.quantizer.codebook[c], dim=0).item())
+            assert near[b, i].item() == pytest.approx(wanted, abs=1e-5)
+    assert title.startswith(f"{mask[:, :32].sum() / mask.sum():.1%} of the hidden codes")
 
 
 @pytest.mark.parametrize("flags, words", (

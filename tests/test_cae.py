@@ -248,11 +248,13 @@ def test_direct_decoding():
 
 
 def test_pixel_targets():
-    """Each patch by its own mean and biased variance, channel first."""
+    """Each patch by its own mean and biased variance, channel first, or as it is; float32."""
     imgs = torch.randn(2, 3, 32, 32)
     patch = imgs[1, :, 8:12, 4:8].flatten()                     # row 2, column 1
     wanted = (patch - patch.mean()) / (patch.var(unbiased=False) + 1e-6).sqrt()
     assert torch.allclose(cae.pixel_targets(imgs, 4)[1, 17], wanted, atol=1e-5)
+    assert torch.equal(cae.pixel_targets(imgs, 4, norm_pix_loss=False)[1, 17], patch)
+    assert cae.pixel_targets(imgs.bfloat16(), 4, norm_pix_loss=False).dtype == torch.float32
 
 
 # ---- training ----
@@ -277,8 +279,8 @@ def test_one_batch_is_overfitted(options):
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
 
 
-def test_pictures_of_both_targets(tmp_path):
-    """A file with the rows of each kind of target."""
+def test_pictures_of_all_targets(tmp_path):
+    """A file with the rows of each kind of target; pixels that are right are the image itself."""
     source = SimpleNamespace(mean=(0.5,) * 3, std=(0.5,) * 3)
     tokenizer, pixels = dvae.DVAE(grid=8, stride=4, n_hid=8, vocab=96), torch.rand(2, 3, 32, 32)
     (imgs, _, mask), rows = batch(2), []
@@ -286,7 +288,13 @@ def test_pictures_of_both_targets(tmp_path):
         patch.setattr(data, "save_rows", lambda path, found, title: rows.append(found))
         cae.pictures(tiny_cae(), tokenizer, [imgs, pixels], mask, source, tmp_path)
         cae.pictures(tiny_cae(48, target="pixels"), None, [imgs], mask, source, tmp_path)
-    assert [len(found) for found in rows] == [5, 4]
+        for norm in (True, False):
+            model, target = tiny_cae(48, target="pixels"), cae.pixel_targets(2 * pixels - 1, 4, norm)
+            patch.setattr(model, "decode", lambda latents, ids: vit.take(target, ids))
+            cae.pictures(model, None, [2 * pixels - 1], mask, source, tmp_path, norm)
+    assert [len(found) for found in rows] == [5, 4, 4, 4]
+    for found in rows[2:]:
+        assert all(torch.allclose(row, pixels, atol=1e-4) for name, row in found.items() if name != "visible")
     hole = F.interpolate(mask.float().view(-1, 1, 8, 8), scale_factor=4).expand(-1, 3, -1, -1).bool()
     for found in rows:
         assert all(row.shape == (2, 3, 32, 32) for row in found.values())

@@ -743,6 +743,56 @@ def test_patches_come_with_their_surroundings():
             assert torch.equal(found[n], imgs[b][:, rows][:, :, cols])
 
 
+@pytest.mark.parametrize("s", (16, 15))
+def test_spectrum_of_cosines(s):
+    """A cosine of k cycles a side, in any direction, is energy at k alone; two share it by the squares of
+    their amplitudes; the mean of an image counts nowhere, nor does what lies above s / 2 cycles."""
+    place = 2 * math.pi * torch.arange(s) / s
+
+    def wave(rows, columns):
+        return (rows * place[:, None] + columns * place).cos().expand(2, 3, s, s)
+    for rows, columns, k in ((1, 0, 1), (0, 2, 2), (3, 4, 5), (7, 0, 7)):
+        energy = data.spectrum(wave(rows, columns) + 5)
+        assert energy.tolist() == pytest.approx([float(n == k) for n in range(1, s // 2 + 1)], abs=1e-5)
+    found = data.spectrum(2 * wave(2, 0) + wave(0, 6) + 9 * wave(7, 7))
+    assert found.tolist() == pytest.approx([0, 0.8, 0, 0, 0, 0.2] + [0] * (s // 2 - 6), abs=1e-5)
+
+
+def test_plots_begin_at_one(tmp_path, monkeypatch):
+    """Every line has its values at 1, 2, 3, ... and its label; the settings are those of the axes."""
+    drawn = []
+    monkeypatch.setattr(data, "save_atomically", lambda figure, path: drawn.append((figure, path)))
+    data.save_plot(tmp_path / "x.png", {"a": torch.tensor([3.0, 4, 5]), "b": torch.ones(2)}, "o", ylabel="y")
+    (figure, path), = drawn
+    axes, = figure.axes
+    assert [(line.get_label(), line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines] \
+        == [("a", [1, 2, 3], [3, 4, 5]), ("b", [1, 2], [1, 1])]
+    assert path.name == "x.png" and axes.get_ylabel() == "y" and len(axes.get_legend().get_texts()) == 2
+
+
+# ---- monitors ----
+
+def test_effective_rank_of_known_singular_values():
+    """exp of the entropy of the singular values' shares: of 4, 2, 1, 1, of equal ones, of equal features;
+    features that are no numbers count as zeros."""
+    torch.manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(50, 4))
+    right, _ = torch.linalg.qr(torch.randn(6, 4))
+    x = left * torch.tensor([4.0, 2, 1, 1]) @ right.T * 7
+    entropy = -sum(p * math.log(p) for p in (0.5, 0.25, 0.125, 0.125))
+    assert data.effective_rank(x) == pytest.approx(math.exp(entropy), rel=1e-4)
+    assert data.effective_rank(torch.eye(5).repeat(3, 1)) == pytest.approx(5)
+    assert data.effective_rank(torch.randn(128).expand(500, 128)) == pytest.approx(1, abs=1e-3)
+    assert data.effective_rank(torch.full((9, 4), math.nan)) == 1
+    assert data.effective_rank(torch.cat([x, torch.full((1, 6), math.inf)])) == data.effective_rank(x)
+
+
+def test_histogram_by_hand():
+    """How often each code occurs in each image, one code after the other."""
+    ids = torch.tensor([[0, 3, 3, 1], [2, 2, 2, 2]])
+    assert data.histogram(ids, 5).tolist() == [[1, 1, 0, 2, 0], [0, 0, 4, 0, 0]]
+
+
 # ---- sets: shapes and CIFAR ----
 
 @pytest.mark.parametrize("size", [8, 17, 32])
@@ -1715,6 +1765,12 @@ def test_merge():
     assert merged == {"a": (2, "of a", "[0, 9]"), "b": (("y", "x", "x", "y"), "of b", ("x", "y")),
                       "c": (0.7, "c anew", "[0, 1]"), "d": ({"base": 1, "tiny": 2}, "of d", "[1, 4]")}
     assert list(merged) == list("abcd")
+
+
+@pytest.mark.parametrize("kept, words", (("1,10", "1 10"), ([0.5, 2], "0.5 2.0"), (0.3, "0.3")))
+def test_lists_of_old_runs(kept, words):
+    """In args.json a list is one, a text as it was once typed, or a number, where the flag took only one."""
+    assert data.as_words({"blrs": kept}, {"blrs": [1.0]}) == ["--blrs", *words.split()]
 
 
 def test_lists_are_typed_as_lists(capsys):

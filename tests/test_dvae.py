@@ -268,6 +268,33 @@ def test_collapse_is_said_in_words():
     assert "perplexity 7 of 512" in dvae.collapse(healthy | {"perplexity": 7.0}, 512)
 
 
+def test_features_are_counts_of_codes():
+    """Of images of any size, made as large as the tokenizer reads them."""
+    model, imgs = tiny_dvae(), drawn(size=32)
+    ids = model.tokens(data.resize(imgs, 16))
+    for b in range(8):
+        assert model.features(imgs)[b].tolist() == [ids[b].tolist().count(k) for k in range(32)]
+
+
+def test_pictures_of_the_vocabulary(tmp_path, monkeypatch):
+    """Rows: images, their codes painted, codes drawn at random painted; spectra of images, of what is painted
+    and of normalised patches, whose sum over all cycles is 1."""
+    model, imgs, rows, plots = tiny_dvae(), drawn(10), [], []
+    monkeypatch.setattr(data, "save_rows", lambda path, found, title: rows.append(found))
+    monkeypatch.setattr(data, "save_usage", lambda *args: None)
+    monkeypatch.setattr(data, "save_plot", lambda path, lines, **settings: plots.append((path, lines)))
+    dvae.pictures(model, imgs, torch.arange(32), tmp_path / "000000.png")
+    (found,), ((path, lines),) = rows, plots
+    assert [row.shape for row in found.values()] == 3 * [(8, 3, 16, 16)] and model.training
+    painted = model.paint(model.tokens(imgs))
+    assert torch.equal(found["hard codes"], painted[:8])
+    assert not torch.equal(found["random codes"], painted[:8])
+    assert path == tmp_path / "spectrum.png" and len(lines) == 3
+    for (name, energy), x in zip(lines.items(), (imgs, painted)):
+        assert torch.equal(energy, data.spectrum(x)) and energy.sum().item() == pytest.approx(1, abs=1e-5)
+        assert f" {sum(energy[2:].tolist()):.0%} in the upper two thirds" in name
+
+
 # ---- training and files ----
 
 

@@ -309,6 +309,36 @@ def test_logged_diagnostics_by_hand(close):
     assert "used" not in logs and "hits" not in model.state_dict()
 
 
+def test_koleo_by_hand(close):
+    """-mean log distance of each unit vector to its nearest other one, and the gradient of this."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 3).requires_grad_()
+    u = [row / row.norm() for row in x]
+    wanted = -sum(min((a - b).norm() for j, b in enumerate(u) if j != i).log() for i, a in enumerate(u)) / 5
+    found = ibot.koleo_loss(x)
+    close(found, wanted.detach())
+    close(torch.autograd.grad(found, x)[0], torch.autograd.grad(wanted, x)[0], 1e-3)
+    assert ibot.koleo_loss(torch.ones(4, 3)).isfinite(), "equal vectors"
+    cross = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    assert ibot.koleo_loss(7 * cross).item() == pytest.approx(-math.log(2) / 2, abs=1e-5)
+
+
+def test_koleo_spreads_the_student_s_class_tokens(close):
+    """--koleo 0.5 adds half its mean over the global crops, each by itself; in float32 under autocast."""
+    model, (crops, local, mask), read = tiny_ibot(), batch(), []
+    plain, logs, _ = model(crops, local, mask, *TEMPS)
+    tokens = model.student.tokens(torch.cat(crops), mask, model.masked_embed)[:, 0]
+    model.koleo = 0.5
+    loss, again, _ = model(crops, local, mask, *TEMPS)
+    close(loss - plain, 0.25 * sum(ibot.koleo_loss(cls) for cls in tokens.split(4)).detach(), 1e-4)
+    assert logs.keys() == again.keys()
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+        koleo = ibot.koleo_loss
+        patch.setattr(ibot, "koleo_loss", lambda x: read.append(torch.is_autocast_enabled("cpu")) or koleo(x))
+        model(crops, local, mask, *TEMPS)[0].backward()
+    assert read == [False, False]
+
+
 # ---- training ----
 
 
@@ -381,6 +411,31 @@ def test_the_script_keeps_its_schedules(tmp_path):
     assert {round(group["weight_decay"], 6) for group in groups} == {0, round(last, 6)}
 
 
+def test_without_augmentation_the_crops_are_the_image(tmp_path):
+    """--aug none: both global crops are the whole image as it is, local crops are the same, smaller."""
+    class Enough(Exception):
+        pass
+    seen = []
+
+    def watched(model, crops, local_crops, *rest):
+        seen.append((crops, local_crops))
+        raise Enough
+
+    def prepare(patch):
+        shrink(patch)
+        patch.setattr(ibot.IBOT, "forward", watched)
+    with pytest.raises(Enough):
+        run(f"{IBOT} --aug none --blur --eval_every 0 --output_dir {tmp_path}/run", prepare)
+    ((a, b), (local,)), = seen
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        imgs = data.draw_shapes(5000, 8, 0)[0]
+    mean, std = (torch.tensor(value)[:, None, None] for value in data.pixel_stats(imgs))
+    shown = ((imgs / 255 - mean) / std).flatten(1)
+    assert torch.equal(a, b) and torch.cdist(a.flatten(1), shown).amin(1).max() < 0.1   # of others: 10
+    assert torch.allclose(local, data.resize(a * std + mean, 4).sub(mean).div(std), atol=1e-4)
+
+
 @pytest.mark.parametrize("flags, words", (
     ("--pred_ratio 0 0.3 --pred_ratio_var 0.2", "as many numbers"),
     ("--pred_ratio 0.1 --pred_ratio_var 0.2", "each range within 0 to 1"),
@@ -388,6 +443,11 @@ def test_the_script_keeps_its_schedules(tmp_path):
     ("--local_size 10", "--local_size 10 is not divisible by --patch_size 4"),
     ("--img_size 24 --patch_size 8", "--local_size 12 is not divisible by --patch_size 8"),  # half of 24
     ("--out_dim 100", "differs from --out_dim 100"),
+    ("--global_scale 0.5", "--global_scale [0.5] must be two shares of the image, the smaller one first"),
+    ("--global_scale 0.9 0.3", "--global_scale [0.9, 0.3] must be two shares"),
+    ("--local_scale 0.1 0.2 0.3", "--local_scale [0.1, 0.2, 0.3] must be two shares"),
+    ("--local_scale 0 0.3", "argument --local_scale: 0.0 must lie in (0, 1]"),
+    ("--aug blur", "argument --aug: invalid choice: 'blur'"),
 ))
 def test_wrong_flags(flags, words, monkeypatch, capsys):
     """One sentence before anything is begun."""

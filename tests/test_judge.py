@@ -28,6 +28,7 @@ JUDGE = ("vit.py --data shapes --device cpu --amp none --img_size 8 --patch_size
          "--log_every 1")
 PROBE = (f"{JUDGE} --init file.pt --optimizer sgd --lr 0.5 --min_lr 0 --warmup_epochs 0 "
          "--crop_scale 0.5 --blrs 1 10")
+LBFGS = "vit.py --data shapes --device cpu --amp none --img_size 8 --patch_size 4 --mode linear --init file.pt"
 SCRIPTED = f"{PROBE} --mode linear --epochs 2"
 ONE_STEP = f"{PROBE} --mode linear --epochs 1 --batch_size 200"
 FINETUNE = (f"{JUDGE} --mode finetune --init file.pt --epochs 2 --eval_every 1 --lr 1e-2 --warmup_epochs 0 "
@@ -458,6 +459,57 @@ def test_the_norm_of_cae_goes_on_in_finetuning(kind):
     assert all(isinstance(layer, torch.nn.Identity) for layer in (mean.norm, cls.fc_norm, probed.fc_norm))
 
 
+def ridge(x, y, num_classes, penalty):
+    """In the place of logistic regression what has a formula: one-hot labels, fitted by least squares."""
+    layer = torch.nn.Linear(x.shape[1], num_classes)
+    x = F.pad(x.double(), (0, 1), value=1.0)
+    W = torch.linalg.solve(x.T @ x + 9 * penalty * len(x) * torch.eye(x.shape[1]), x.T @ F.one_hot(y).double())
+    with torch.no_grad():
+        layer.weight.copy_(W[:-1].T)
+        layer.bias.copy_(W[-1])
+    return layer
+
+
+@pytest.mark.parametrize("layers", ("last", "all"))
+def test_training_images_choose_the_penalty(layers):
+    """Of each feature, standardised as the training images are: the accuracy on all validation images of what
+    all training images teach, with the penalty that was right most often on every tenth of them when the
+    others taught; of all features these choose the best, too. The images come in the set's order, as they
+    are, normalised as the file says."""
+    asked, kept = [], []
+
+    def prepare(patch):
+        frozen(patch)
+        patch.setattr(vit, "fit_logistic", lambda x, *rest: asked.append(len(x)) or ridge(x, *rest))
+    run(f"{LBFGS} --layers {layers} --output_dir run", prepare)
+    result = json.loads(Path("run/result.json").read_text())
+    encoder, sets = plain_encoder("file.pt"), [pictures(train) for train in (True, False)]
+    with torch.no_grad():
+        outputs = [encoder.forward_layers(encoder.patch_embed(imgs)) for imgs, _ in sets]
+        final = [encoder.norm(blocks[-1]) for blocks in outputs]
+    tokens = {"": final} | ({f"-{i + 1}": [blocks[i] for blocks in outputs] for i in (0, 1)}
+                            if layers == "all" else {})
+    (y, val_y), tenth = [labels for _, labels in sets], torch.arange(200) % 10 == 0
+    for number, (a, b) in tokens.items():
+        for feature, pool in (("cls", lambda t: t[:, 0]), ("mean", lambda t: t[:, 1:].mean(1))):
+            x, val_x = ((pool(t) - pool(a).mean(0)) / pool(a).std(0) for t in (a, b))
+            right = [(ridge(x[~tenth], y[~tenth], 10, penalty)(x[tenth]).argmax(1) == y[tenth]).sum().item()
+                     for penalty in vit.PENALTIES]
+            penalty = vit.PENALTIES[right.index(max(right))]
+            hits = (ridge(x, y, 10, penalty)(val_x).argmax(1) == val_y).sum().item()
+            name = feature + number
+            assert result[f"{name}_penalty"] == penalty, (name, right)
+            assert result[name] == pytest.approx(hits / 41 * 100), name
+            kept.append((name, max(right), right))
+    assert asked == len(kept) * (5 * [180] + [200])
+    assert any(len(set(right)) > 1 for *_, right in kept), "the penalties are all alike"
+    if layers == "all":
+        most = max(right for _, right, _ in kept)
+        assert result["best_feature"] in [name for name, right, _ in kept if right == most]
+        assert result["best"] == result[result["best_feature"]]
+    assert ("best" in result) == (layers == "all")
+
+
 # ---- k-NN ----
 
 def voted(bank, labels, x, y, k):
@@ -535,7 +587,7 @@ def test_training_images_are_the_bank_of_every_monitor(name):
     assert {sizes[:2] for sizes in asked} == {(208, 41)}
     found = [result for *_, result in asked]
     if name == "ibot":
-        found = [teacher | {"knn_student": student["knn"]} for teacher, student in zip(found[::2], found[1::2])]
+        found = [a | {"knn_student": b["knn"]} for a, b in zip(found[::2], found[1::2])]
     logged = [line for line in log_of("run") if "knn" in line]
     assert len(logged) == len(found) == 2
     for line, result in zip(logged, found):

@@ -48,6 +48,7 @@ IBOT = (f"ibot.py {TINY} --local_size 4 --local_crops 1 --out_dim 16 --patch_out
 TRAIN = f"vit.py {TINY} --mode train --mixup 0.8 --drop_path 0.1 --ema 0.9"
 LINEAR = f"vit.py {TINY} --mode linear --optimizer sgd --blrs 1 10"
 METHODS = {"mae": MAE, "dvae": DVAE, "beit": BEIT, "cae": CAE, "ibot": IBOT, "vqkd": VQKD, "beit_v2": BEIT2}
+LBFGS = "vit.py --data shapes --device cpu --img_size 8 --patch_size 4 --mode linear"
 SCRIPTS = METHODS | {"train": TRAIN, "linear": LINEAR}
 FILES = {"args.json", "curves.png", "encoder.pt", "last.pt", "log.jsonl", "pictures"}
 STEPS = 60                                                      # 6 epochs of 208 // 20 steps
@@ -533,14 +534,16 @@ def test_torchrun_starts_again_after_a_lost_rank(tmp_path, monkeypatch):
 
 def test_two_processes_follow_one(tmp_path):
     """torchrun with two processes (gloo): losses, weights, features and k-NN accuracy of one process with the
-    same total batch (`assert_near`); a linear probe counts every validation image once, in one result.
+    same total batch (`assert_near`); a linear probe counts every validation image once, in one result, and
+    one that is trained to convergence says what it does on one process.
     """
     with ThreadPoolExecutor(2) as pool:
         two = pool.submit(torchrun, f"{SURE} --output_dir {tmp_path}/two")
-        probe = pool.submit(forked, (f"{LINEAR} --epochs 2 --output_dir {tmp_path}/probe", ()), ranks=2)
+        probe = pool.submit(forked, (f"{LINEAR} --epochs 2 --output_dir {tmp_path}/probe", ()),
+                            (f"{LBFGS} --output_dir {tmp_path}/lbfgs", ()), ranks=2)
         run(f"{SURE} --output_dir one")
         two, (statuses, probe) = two.result(), probe.result()
-    assert two.returncode == 0 and statuses == [0, 0], two.stderr + probe.stderr
+    assert two.returncode == 0 and statuses == 4 * [0], two.stderr + probe.stderr
     assert "2 ranks x 1 parts x 10" in two.stdout
     assert_near(tmp_path / "two", tmp_path / "one")
     knn = {folder: [line["knn"] for line in log_of(folder) if "knn" in line] for folder in ("one", "two")}
@@ -562,15 +565,22 @@ def test_two_processes_follow_one(tmp_path):
     result = json.loads((tmp_path / "probe/result.json").read_text())
     counts = torch.tensor(list(result["all"].values()), dtype=torch.double) * 41 / 100
     assert len(counts) == 4 and (counts - counts.round()).abs().max() < 1e-4
-    assert probe.stdout.count("result (linear") == 1
+    run(f"{LBFGS} --output_dir alone")
+    results = [json.loads(Path(folder, "result.json").read_text()) for folder in (tmp_path / "lbfgs", "alone")]
+    assert results[0] == results[1] and probe.stdout.count("result (linear") == 2
 
 
 def test_two_processes_keep_one_student_one_teacher_and_the_same_centres(tmp_path):
-    """Different images and masks on two ranks: after two epochs all of iBOT's state is bitwise the same."""
-    statuses, done = forked((f"{IBOT} --epochs 2 --output_dir {tmp_path}/two", ()), ranks=2)
-    assert statuses == [0, 0], done.stderr
+    """Different images and masks on two ranks: after two epochs all of iBOT's state is bitwise the same, and
+    so are the codes of VQ-KD that a gradient trains."""
+    codes = f"{VQKD} --codes gradient --no-unit --num_codes 64 --epochs 2 --output_dir {tmp_path}/codes"
+    statuses, done = forked((f"{IBOT} --koleo 0.1 --epochs 2 --output_dir {tmp_path}/two", ()), (codes, ()),
+                            ranks=2)
+    assert statuses == 4 * [0], done.stderr
     a, b = (read(tmp_path / "two" / f"model.{rank}") for rank in (0, 1))
     assert same(a, b) and a["centre"].abs().max() > 0 and a["patch_centre"].abs().max() > 0
+    a, b = (read(tmp_path / "codes" / f"model.{rank}") for rank in (0, 1))
+    assert same(a, b) and a["quantizer.codebook"].isfinite().all()
 
 
 def test_beit_v2_runs_both_stages_in_one_command(tmp_path):
@@ -664,7 +674,8 @@ def test_wrong_flags_of_mae(flags, words, capsys):
     ("--mode finetune", "--mode finetune needs --init FILE"),
     ("--mode train --init encoder.pt", "use --mode finetune with --init FILE"),
     ("--mode probe", "argument --mode: invalid choice: 'probe'"),
-    ("--mode linear --init no/encoder.pt", "there is no file no/encoder.pt"),
+    ("--mode linear --optimizer sgd --init no/encoder.pt", "there is no file no/encoder.pt"),
+    ("--mode finetune --init encoder.pt --model cnn", "argument --model: invalid choice: 'cnn'"),
     ("--mode linear --blrs 1 two", "argument --blrs: invalid float value: 'two'"),
     ("--mode knn --blrs 1", "unrecognized arguments: --blrs 1"),
     ("--mode linear --label_fraction 10", "argument --label_fraction: 10.0 must lie in (0, 1] (see --help)"),
@@ -674,6 +685,44 @@ def test_wrong_flags_of_vit(flags, words, capsys):
     """The judge says in one sentence what it lacks."""
     assert words in sentence(f"vit.py {TINY} {flags} --output_dir run", capsys)
     assert not Path("run/log.jsonl").exists()
+
+
+def test_flags_that_logistic_regression_has_no_use_for(capsys):
+    """Each flag of the probes that are trained step by step, typed without --optimizer sgd: one sentence; what
+    it reads goes through, and so does each of them for the others."""
+    flags = {"epochs": 3, "batch_size": 20, "blr": 1, "lr": 1, "min_lr": 0, "warmup_epochs": 0,
+             "crop_scale": 0.5, "blrs": 1}
+    for name, value in flags.items():
+        said = sentence(f"{LBFGS} --{name} {value} --output_dir run", capsys)
+        assert said == f"vit.py: --{name} is for probes that are trained step by step: add --optimizer sgd"
+        for probes in ("--optimizer sgd", "--optimizer lars", "--mode attentive", "--recipe small"):
+            assert name in until_setup(f"{LBFGS} {probes} --{name} {value}").typed
+    assert until_setup(f"{LBFGS} --layers all --label_fraction 0.5 --seed 3 --amp none").optimizer == "lbfgs"
+    assert {*vit.LINEAR} - flags.keys() == {"weight_decay", "clip_grad", "optimizer", "layers"}
+
+
+def test_a_cnn_trains_resumes_and_is_no_vision_transformer(tmp_path, capsys):
+    """vit.py --mode train --model cnn: interrupted and resumed it is the uninterrupted run; all other scripts
+    and modes refuse the model, and its encoder.pt, in one sentence."""
+    cnn = f"{TRAIN} --model cnn --epochs 2 --eval_every 1"
+    run(f"{cnn} --output_dir whole")
+    with pytest.raises(SystemExit):
+        run(f"{cnn} --output_dir stopped", hit_at(signal.SIGTERM, 7))
+    run("vit.py --resume --output_dir stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert set(os.listdir("whole")) == FILES - {"curves.png", "pictures"} | {"result.json"}
+    judged = [line["accuracy"] for line in log_of("whole") if "accuracy" in line]
+    result = json.loads(Path("whole/result.json").read_text())
+    assert len(judged) == 3 and result["accuracy"] == pytest.approx(judged[-1], rel=1e-4)
+    content = read("whole/encoder.pt")
+    model = vit.CNN(**{name: content["config"][name] for name in ("num_classes", "width")})
+    model.load_state_dict(content["model"])
+    for command in (f"{LBFGS} --init whole/encoder.pt", f"{TRAIN} --mode finetune --init whole/encoder.pt",
+                    f"{VQKD} --teacher whole/encoder.pt", "vit.py --init whole/encoder.pt --export x.pt"):
+        said = sentence(f"{command} --output_dir new", capsys)
+        assert "whole/encoder.pt is a CNN, which is trained with labels alone" in said
+    for command in (*METHODS.values(), LBFGS, f"{LBFGS} --mode knn", f"{LBFGS} --mode attentive"):
+        assert "--model: invalid choice: 'cnn'" in sentence(f"{command} --model cnn", capsys)
 
 
 def test_a_batch_that_does_not_divide_over_the_ranks(capsys):
@@ -995,7 +1044,8 @@ def test_an_old_run_resumes(tmp_path, whole):
 
 
 def test_an_old_run_of_ibot_is_refused(whole, capsys):
-    """Its networks were called backbone: one sentence names the first tensor, and nothing is touched."""
+    """Its networks were called backbone: one sentence names the first tensor, and nothing is touched. Before,
+    its scales were one number: a sentence says what they are now."""
     shutil.copytree(whole["ibot"], "old")
     make_old("old", pred_ratio="0,0.3", pred_ratio_var="0,0.2")
     states = read("old/last.pt")
@@ -1006,6 +1056,10 @@ def test_an_old_run_of_ibot_is_refused(whole, capsys):
     said = sentence("ibot.py --resume --output_dir old", capsys)
     assert "old/last.pt belongs to another model: " in said and ".backbone." in said
     assert snapshot("old") == before
+    about = json.loads(Path("old/args.json").read_text())
+    about["flags"]["local_scale"] = 0.3
+    Path("old/args.json").write_text(json.dumps(about))
+    assert "--local_scale [0.3] must be two shares" in sentence("ibot.py --resume --output_dir old", capsys)
 
 
 def test_old_encoders_and_tokenizers_load():
@@ -1105,6 +1159,7 @@ def test_every_script_end_to_end(tmp_path):
     kind of picture is drawn once, and the curves of one run: the rest are empty files).
     """
     drawn, save_rows, save_usage, curves = set(), data.save_rows, data.save_usage, data.curves
+    save_plot = data.save_plot
 
     def once(path, draw, *kind):
         if kind in drawn:
@@ -1118,10 +1173,13 @@ def test_every_script_end_to_end(tmp_path):
             path, lambda: save_rows(path, rows, title), path.parents[1], path.stem.lstrip("012345")))
         patch.setattr(data, "save_usage", lambda path, *rest: once(
             path, lambda: save_usage(path, *rest), path.parents[1], path.stem))
+        patch.setattr(data, "save_plot", lambda path, *rest, **settings: once(
+            path, lambda: save_plot(path, *rest, **settings), path.stem))
         patch.setattr(data, "curves", lambda path: once(
             path.with_name("curves.png"), lambda: curves(path), "curves"))
     short = "--max_steps 2 --label_fraction 0.1"
-    more = {"dvae": {"codebook.png"}, "ibot": {"vocabulary.png"}, "vqkd": {"words.png", "usage.png"}}
+    more = {"dvae": {"codebook.png", "spectrum.png"}, "ibot": {"vocabulary.png"},
+            "vqkd": {"words.png", "usage.png"}}
     for name, command in METHODS.items():
         run(f"{command} --max_steps 2 --output_dir {name}", prepare)
         model = "tokenizer.pt" if name in ("dvae", "vqkd") else "encoder.pt"
@@ -1132,17 +1190,18 @@ def test_every_script_end_to_end(tmp_path):
                 "attentive": {"attentive", "attentive_blr", "all"}, "knn": {"cls_k10", "mean_k10"}}
     for mode, entries in expected.items():
         init = "" if mode == "train" else "--init mae/encoder.pt"
-        run(f"vit.py {TINY} --mode {mode} {init} {short} --batch_size 10 --output_dir {mode}",
+        sgd = "--optimizer sgd" * (mode == "linear")            # the default is test_judge.py's
+        run(f"vit.py {TINY} --mode {mode} {init} {short} {sgd} --batch_size 10 --output_dir {mode}",
             prepare if mode == "train" else shrink)
         result = json.loads(Path(mode, "result.json").read_text())
         assert entries <= result.keys(), result
         assert all(0 <= result[name] <= 100 for name in entries - {"all", "val_loss"})
         assert (result["mode"], result["label_fraction"], result["data"]) == (mode, 0.1, "shapes")
         assert result["init"] == ("random" if mode == "train" else "mae/encoder.pt")
-    assert sorted(os.listdir("train/pictures")) == ["attention.png", "positions.png"]
+    assert sorted(os.listdir("train/pictures")) == ["attention.png", "distance.png", "positions.png"]
     assert {command.split(".py")[0] for command in METHODS.values()} == set(scripts()) - {"data", "vit"}
     for name in ("beit", "beit_v2", "cae", "ibot"):
-        for mode in ("finetune", "linear --layers all"):
+        for mode in ("finetune", "linear --optimizer sgd --layers all"):
             run(f"vit.py {TINY} --mode {mode} --init {name}/encoder.pt {short} --batch_size 10", shrink)
         assert json.loads(Path(name, "encoder-linear-shapes/result.json").read_text())["best"] >= 0
     run("data.py --data shapes --output_dir shown", prepare)
@@ -1180,6 +1239,9 @@ def test_flags_in_last_pt_tell_another_model(whole, capsys):
             f"mae.py --resume --{flag} {new} --output_dir run", capsys)
     assert "--decoder_dim 16 there and 24 here" in sentence(
         f"{MAE} --decoder_dim 24 --init run/last.pt --output_dir new", capsys)
+    for command in (f"{VQKD} --init", "beit_v2.py --stage tokenizer --output_dir", ):
+        folder = whole["vqkd"] / "last.pt" if "--init" in command else f"{whole['vqkd']} --resume"
+        assert "--unit True there and False here" in sentence(f"{command} {folder} --no-unit", capsys)
 
 
 @pytest.mark.parametrize("name, offset", (("mae", 0.0), ("ibot", 0.1), ("beit", 0.0)))
@@ -1216,6 +1278,28 @@ def test_masks_and_weight_decay_of_the_flags_reach_the_model(name, kind, monkeyp
     run(f"{METHODS[name]} --num_masked 1 --weight_decay 0.3 --max_steps 2 --output_dir new")
     assert len(hidden) == 2 and (torch.cat(hidden) == 1).all()
     assert {group["weight_decay"] for group in groups if group["params"][0].ndim > 1} >= {0.3}
+
+
+@pytest.mark.parametrize("command, file, rows", (
+    (f"{BEIT} --tokenizer", "beit_v2-tokenizer", {"predicted, painted", "true codes, painted"}),
+    (f"{CAE} --tokenizer", "beit_v2-tokenizer", {"predicted, painted", "true codes, painted"}),
+    (f"{BEIT2} --tokenizer", "dvae", {"predicted and\ntrue code"})))
+def test_codes_of_either_tokenizer(command, file, rows):
+    """The student of one paper learns the codes of the other, and its pictures are drawn: of codes that are
+    none of pixels in black and white."""
+    drawn = []
+
+    def prepare(patch):
+        shrink(patch)
+        patch.setattr(data, "save_rows", lambda path, found, title: drawn.append(found))
+    run(f"{command} out/{file}-shapes/tokenizer.pt --max_steps 2 --output_dir run", prepare)
+    assert list(losses("run")) == [1, 2] and len(drawn) == 2
+    for found in drawn:
+        assert rows <= found.keys()
+        assert len({len(row) for row in found.values()}) == 1
+        for name in rows:
+            assert 0 <= found[name].min() and found[name].max() <= 1
+        assert (found.get("true codes, painted", torch.ones(1)) == 1).all()
 
 
 # ---- the codes of beit_v2.py ----
@@ -1255,6 +1339,26 @@ def test_kmeans_starts_the_codes_once(parts):
     assert [event.name for event in more] == 2 * steps and torch.equal(more[0].before, new[-1].after)
     other = code_events(f"{VQKD} {flags} 2 --init new/last.pt --output_dir other")
     assert [event.name for event in other] == 2 * steps and torch.equal(other[0].before, more[-1].after)
+
+
+@pytest.mark.parametrize("flags", ("--codes gradient", "--no-unit", "--codes gradient --no-unit"))
+def test_ablations_of_the_codes_resume(flags, tmp_path):
+    """Interrupted and resumed they are the uninterrupted run; codes have length 1 or any; with a gradient the
+    optimiser has them, else they are in no group of it."""
+    command = f"{VQKD} {flags} --epochs 2 --num_codes 64"
+    run(f"{command} --output_dir whole")
+    with pytest.raises(SystemExit):
+        run(f"{command} --output_dir stopped", hit_at(signal.SIGTERM, 7))
+    run("beit_v2.py --resume --output_dir stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    content = read("whole/tokenizer.pt")
+    lengths = content["model"]["quantizer.codebook"].norm(dim=1)
+    unit = torch.allclose(lengths, torch.ones(64), atol=1e-5)
+    assert unit == content["config"]["unit"] == ("--no-unit" not in flags)
+    shapes = [state["exp_avg"].shape for state in read("whole/last.pt")["optimizer"]["state"].values()]
+    assert (torch.Size([64, 4]) in shapes) == ("gradient" in flags)
+    line = [line for line in log_of("whole") if "usage" in line][-1]
+    assert 0 < line["usage"] <= 1 and 0 <= line["knn_words"] <= 100 and "rank" not in line
 
 
 @pytest.mark.parametrize("every, restarts", ((4, [4, 8, 12, 16]), (17, []), (0, [])))

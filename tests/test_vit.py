@@ -463,6 +463,117 @@ def test_cls_attention_is_the_softmax():
     assert torch.allclose(weights.flatten(2), wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", ({}, dict(pos="none", rel_pos="shared"), dict(rel_pos="block")))
+def test_attentions_are_those_of_the_blocks(options):
+    """Rows sum to 1; times the values they give what each block's attention gives, with its bias."""
+    model, imgs, taken = tiny_vit(**options).eval(), torch.randn(2, 3, 32, 32), []
+    for name, p in model.named_parameters():
+        if "bias_table" in name:
+            torch.nn.init.normal_(p)
+    for block in model.blocks:
+        block.attn.register_forward_hook(lambda module, inputs, output: taken.append((inputs[0], output)))
+    model.forward_features(imgs)
+    attentions = list(vit.attentions(model, imgs))
+    assert len(attentions) == 3
+    for block, attention, (x, wanted) in zip(model.blocks, attentions, taken):
+        assert torch.allclose(attention.sum(-1), torch.ones(2, 3, 65), atol=1e-5)
+        found = block.attn.proj((attention @ block.attn.heads(x)[2]).transpose(1, 2).flatten(2))
+        assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_attention_distance():
+    """In pixels between the middles of the patches: of attention to all alike, of a block that looks at a
+    patch's own place alone, and of some other by loops, without the class token."""
+    imgs, places = torch.randn(2, 3, 16, 16), [(4 * (i // 4), 4 * (i % 4)) for i in range(16)]
+    far = torch.tensor([[math.dist(a, b) for b in places] for a in places])
+    model = tiny_vit(img_size=16, rel_pos="block").eval()
+    torch.nn.init.zeros_(model.blocks[0].attn.qkv.weight)       # all alike
+    table = model.blocks[1].rel_pos_bias.relative_position_bias_table
+    torch.nn.init.constant_(table[24:25], 1e4)                  # row 24 of 7 x 7: no offset
+    torch.nn.init.normal_(model.blocks[2].attn.qkv.weight)
+    found, alike = vit.attention_distance(model, imgs)
+    assert found.shape == (3, 3) and alike.tolist() == pytest.approx(3 * [far.mean().item()])
+    assert found[0].tolist() == pytest.approx(3 * [far.mean().item()])
+    assert found[1].abs().max() < 1e-5
+    attention = list(vit.attentions(model, imgs))[2]
+    for h in range(3):
+        each = [(attention[b, h, 1 + i, 1:] @ far[i] / attention[b, h, 1:, 1:].sum() * 16).item()
+                for b in range(2) for i in range(16)]
+        assert found[2, h].item() == pytest.approx(sum(each) / len(each), rel=1e-4)
+
+
+# ---- the CNN ----
+
+
+def test_the_cnn_is_as_large_as_the_micro():
+    """1.2 million parameters, as many as the ViT-micro/4 has; three widths, each at half the resolution."""
+    model, sizes = vit.CNN(10), []
+    micro = ViT(**vit.SIZES["micro"], img_size=32, patch_size=4, num_classes=10)
+    counts = [sum(p.numel() for p in network.parameters()) for network in (model, micro)]
+    assert counts[0] == pytest.approx(counts[1], rel=0.03)
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[1:])))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert sizes == 2 * [(42, 16, 16)] + 2 * [(84, 8, 8)] + 2 * [(168, 4, 4)]
+
+
+@pytest.mark.parametrize("a, b", ((4, 4), (4, 8)))
+def test_conv_block_by_hand(a, b):
+    """x, or its projection, + conv(relu(norm(conv(relu(norm(x)))))), where a norm is over a whole image."""
+    torch.manual_seed(0)
+    block, x = vit.ConvBlock(a, b), torch.randn(2, a, 8, 8) * 3 + 1
+
+    def normed(x):
+        mean, var = x.mean((1, 2, 3), keepdim=True), x.var((1, 2, 3), keepdim=True, unbiased=False)
+        return ((x - mean) / (var + 1e-5).sqrt()).clamp(min=0)
+    y = F.conv2d(normed(x), block.conv1.weight, block.conv1.bias, padding=1)[:, :, ::b // a, ::b // a]
+    y = F.conv2d(normed(y), block.conv2.weight, block.conv2.bias, padding=1)
+    skip = x if a == b else F.conv2d(x[:, :, ::2, ::2], block.skip.weight, block.skip.bias)
+    assert torch.allclose(block(x), skip + y, atol=1e-4)
+
+
+# ---- probes ----
+
+
+@pytest.mark.parametrize("penalty", (1e-4, 1e-1))
+def test_logistic_regression_is_at_its_minimum(penalty):
+    """The gradient of mean cross-entropy + penalty / 2 |W|^2 is zero; the biases are not penalised."""
+    torch.manual_seed(0)
+    y = torch.arange(120) % 3
+    x = torch.randn(120, 6) + F.one_hot(y, 6)
+    layer = vit.fit_logistic(x, y, 3, penalty)
+    W, b = (p.detach().double().requires_grad_() for p in (layer.weight, layer.bias))
+    logits = x.double() @ W.T + b
+    loss = -logits.log_softmax(1)[range(120), y].mean() + penalty / 2 * (W ** 2).sum()
+    assert max(g.abs().max().item() for g in torch.autograd.grad(loss, (W, b))) < 1e-4
+    assert loss < math.log(3) - 0.1
+
+
+def test_logistic_regression_of_two_points():
+    """x = 1 and -1 of two classes: W = (w, -w) where sigmoid(-2 w) = penalty w, found by bisection."""
+    for penalty in (1e-3, 0.1):
+        low, high = 0.0, 10.0
+        for _ in range(60):
+            w = (low + high) / 2
+            low, high = (w, high) if 1 / (1 + math.exp(2 * w)) > penalty * w else (low, w)
+        layer = vit.fit_logistic(torch.tensor([[1.0], [-1]]), torch.tensor([0, 1]), 2, penalty)
+        assert layer.weight[:, 0].tolist() == pytest.approx([w, -w], rel=1e-2)
+        assert layer.bias.tolist() == pytest.approx([0, 0], abs=1e-4)
+
+
+def test_logistic_regression_finds_what_is_there():
+    """Separable classes are separated, also where a feature says nothing; of permuted labels nothing that
+    holds for other points is learned."""
+    torch.manual_seed(0)
+    y = torch.randint(4, (2000,))
+    x = F.pad(3 * F.one_hot(y, 4) + 0.3 * torch.randn(2000, 4), (0, 1))
+    x = (x - x.mean(0)) / (x.std(0) + 1e-6)
+    for labels, low, high in ((y, 1, 1), (y[torch.randperm(2000)], 0.2, 0.3)):
+        layer = vit.fit_logistic(x[:1000], labels[:1000], 4, 1e-3)
+        right = (layer(x[1000:]).argmax(1) == labels[1000:]).float().mean().item()
+        assert low <= right <= high
+
+
 def test_probe_norm_and_features():
     """The linear probe is BatchNorm (batch statistics in training, running ones after), then one matrix."""
     torch.manual_seed(0)
