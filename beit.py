@@ -123,9 +123,9 @@ def pictures(model, tokenizer, views, mask, source, path, norm_pix_loss=True):
         painted = data.to_pixels(image_of(pred, p), source)                                 # (B, 3, H, W)
     else:
         codes, pred = tokenizer.tokens(views[1]), pred.argmax(-1)                           # (B, N) each
-        paint = painter(tokenizer, codes, imgs.shape[-1])
-        painted, best = paint(torch.where(mask, pred, codes)), {"true codes, painted": paint(codes)}
-        title = f"{(pred == codes)[mask].float().mean():.1%} of the hidden codes are predicted right"
+        paint, best, note = painter(tokenizer, codes, imgs.shape[-1])
+        painted = paint(torch.where(mask, pred, codes))
+        title = f"{(pred == codes)[mask].float().mean():.1%} of the hidden codes are predicted right{note}"
     rows = {"image": image, "visible": visible,
             "predicted, painted": image * (1 - pixel_mask) + painted * pixel_mask}
     data.save_rows(path, rows | best, title)

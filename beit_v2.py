@@ -516,7 +516,7 @@ def pictures(model, tokenizer, views, mask, source, path):
     data.save_rows(path, {"image": image, "visible": data.hide(image, mask)[0],
                           "predicted and\ntrue code": near},
                    f"{(pred == ids)[mask].float().mean():.1%} of the hidden codes are predicted right; "
-                   f"last row: cosine of the codes' vectors")
+                   f"last row: {'cosine of the vectors of both codes' if codes else 'where it is right'}")
 
 
 def pretrain(args):

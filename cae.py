@@ -246,11 +246,10 @@ def pictures(model, tokenizer, views, mask, source, path, norm_pix_loss=True):
         best, title = {}, "brightness and contrast of the patches are the true ones" * norm_pix_loss
     else:
         codes = tokenizer.tokens(views[1])
-        paint = painter(tokenizer, codes, imgs.shape[-1])
+        paint, best, note = painter(tokenizer, codes, imgs.shape[-1])
         everything, straight = codes.scatter(1, ids_hidden, pred.argmax(-1)), straight.argmax(-1)
-        best = {"true codes, painted": paint(codes)}
         hits = pred.argmax(-1) == take(codes, ids_hidden)
-        title = (f"right codes: {hits.float().mean():.1%} of the hidden ones, "
+        title = (f"right codes{note}: {hits.float().mean():.1%} of the hidden ones, "
                  f"{(straight == codes).float().mean():.1%} straight from the encoder")
     image = data.to_pixels(imgs, source)
     visible, pixel_mask = data.hide(image, mask)

@@ -284,12 +284,17 @@ def of_same_grid(args, path, tokenizer):
 
 
 def painter(tokenizer, codes, size):
-    """-> what makes pictures (B, 3, size, size) of codes (B, N): a dVAE paints them; VQ-KD's stand for no
-    pixels, so these are white where they equal the true `codes`, black elsewhere."""
+    """-> what makes pictures (B, 3, size, size) of codes (B, N), rows that show the true ones, a note
+
+    A dVAE paints codes. VQ-KD's stand for no pixels: they are white where they equal the true `codes`."""
     def mark(ids):
         return F.interpolate((ids == codes).float().view(-1, 1, tokenizer.grid, tokenizer.grid), size=size)
-    paint = getattr(tokenizer, "paint", mark)
-    return lambda ids: data.resize(paint(ids), size).cpu().expand(-1, 3, -1, -1)
+
+    def paint(ids):
+        return data.resize(getattr(tokenizer, "paint", mark)(ids), size).cpu().expand(-1, 3, -1, -1)
+    if hasattr(tokenizer, "paint"):
+        return paint, {"true codes, painted": paint(codes)}, ""
+    return paint, {}, " (white)"
 
 
 # ---- what shows how the vocabulary is doing ----

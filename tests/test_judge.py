@@ -498,7 +498,7 @@ def test_training_images_choose_the_penalty(layers):
             penalty = vit.PENALTIES[right.index(max(right))]
             hits = (ridge(x, y, 10, penalty)(val_x).argmax(1) == val_y).sum().item()
             name = feature + number
-            assert result[f"{name}_penalty"] == penalty, (name, right)
+            assert result["penalties"][name] == penalty, (name, right)
             assert result[name] == pytest.approx(hits / 41 * 100), name
             kept.append((name, max(right), right))
     assert asked == len(kept) * (5 * [180] + [200])

@@ -35,8 +35,8 @@ import dvae  # noqa: E402
 import mae  # noqa: E402, F401: its import is paid here, not in the first test
 import vit  # noqa: E402
 
-TINY = ("--data shapes --device cpu --img_size 8 --patch_size 4 --model micro --batch_size 20 --log_every 1 "
-        "--epochs 6")
+TINY = ("--data shapes --device cpu --amp none --img_size 8 --patch_size 4 --model micro --batch_size 20 "
+        "--log_every 1 --epochs 6")
 MAE = f"mae.py {TINY} --decoder_dim 16 --decoder_depth 1 --decoder_heads 2"
 DVAE = f"dvae.py {TINY} --n_hid 8 --vocab 16 --stride 2"
 BEIT = f"beit.py {TINY} --num_masked 2 --min_block 1"
