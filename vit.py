@@ -941,8 +941,9 @@ def main():
     if mode == "train" and init:
         data.stop("--mode train starts from scratch: use --mode finetune with --init FILE")
     if getattr(args, "optimizer", "") == "lbfgs":
-        for name in sorted(args.typed & {*LINEAR, "lr", "min_lr"} - {"optimizer", "layers"}):
-            data.stop(f"--{name} is for probes that are trained step by step: add --optimizer sgd")
+        for flag in (word.split("=")[0] for word in words):
+            if flag[2:] in {*LINEAR, "lr", "min_lr"} - {"optimizer", "layers"}:
+                data.stop(f"{flag} is for probes that are trained step by step: add --optimizer sgd")
     data.setup(args)
     train_set, val_set = data.load_sets(args)
     if len(train_set.classes) < 2:

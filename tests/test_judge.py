@@ -28,7 +28,8 @@ JUDGE = ("vit.py --data shapes --device cpu --amp none --img_size 8 --patch_size
          "--log_every 1")
 PROBE = (f"{JUDGE} --init file.pt --optimizer sgd --lr 0.5 --min_lr 0 --warmup_epochs 0 "
          "--crop_scale 0.5 --blrs 1 10")
-LBFGS = "vit.py --data shapes --device cpu --amp none --img_size 8 --patch_size 4 --mode linear --init file.pt"
+LBFGS = ("vit.py --data shapes --device cpu --amp none --img_size 8 --patch_size 4 --mode linear "
+         "--init file.pt")
 SCRIPTED = f"{PROBE} --mode linear --epochs 2"
 ONE_STEP = f"{PROBE} --mode linear --epochs 1 --batch_size 200"
 FINETUNE = (f"{JUDGE} --mode finetune --init file.pt --epochs 2 --eval_every 1 --lr 1e-2 --warmup_epochs 0 "
@@ -462,8 +463,8 @@ def test_the_norm_of_cae_goes_on_in_finetuning(kind):
 def ridge(x, y, num_classes, penalty):
     """In the place of logistic regression what has a formula: one-hot labels, fitted by least squares."""
     layer = torch.nn.Linear(x.shape[1], num_classes)
-    x = F.pad(x.double(), (0, 1), value=1.0)
-    W = torch.linalg.solve(x.T @ x + 9 * penalty * len(x) * torch.eye(x.shape[1]), x.T @ F.one_hot(y).double())
+    x, target = F.pad(x.double(), (0, 1), value=1.0), F.one_hot(y, num_classes).double()
+    W = torch.linalg.solve(x.T @ x + 9 * penalty * len(x) * torch.eye(x.shape[1]), x.T @ target)
     with torch.no_grad():
         layer.weight.copy_(W[:-1].T)
         layer.bias.copy_(W[-1])
