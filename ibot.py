@@ -317,6 +317,11 @@ def check_flags(args):
     for name in ("global_scale", "local_scale"):
         if len(scale := getattr(args, name)) != 2 or scale[0] > scale[1]:
             data.stop(f"--{name} {scale} must be two shares of the image, the smaller one first")
+    unused = {"crop": {"gray", "blur"}, "none": {"gray", "blur", "global_scale", "local_scale"}}
+    for name in sorted(args.typed & unused.get(args.aug, set())):
+        data.say(f"--{name} is not used: --aug {args.aug}")
+    if args.koleo and args.batch_size == data.world_size() * args.accum_steps:
+        data.stop(f"--koleo {args.koleo} spreads images: --batch_size {args.batch_size} leaves one a part")
     args.local_size = args.local_size or args.img_size // 2
     if args.local_crops and args.local_size % args.patch_size:
         data.stop(f"--local_size {args.local_size} is not divisible by --patch_size {args.patch_size}")

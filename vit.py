@@ -886,6 +886,8 @@ def probe_pictures(args, encoder, probes, val_set):
 def build(args, num_classes, pool):
     """The ViT to train or judge: from --init FILE, or new. -> model, (mean, std) of its pixels or None"""
     if args.model == "cnn":
+        for name in sorted(args.typed & {"pool", "pos", "rel_pos", "layer_scale", "stem", "drop_path"}):
+            data.say(f"--{name} is not used: --model cnn")
         return CNN(num_classes), None
     options = dict(num_classes=num_classes, pool=pool, img_size=args.img_size)
     if not args.init:
@@ -962,7 +964,7 @@ def main():
               "label_fraction": args.label_fraction} | judge(args, train_set, val_set, model)
     if data.rank() == 0:
         data.save_atomically(json.dumps(result, indent=1), Path(args.output_dir) / "result.json")
-        numbers = ", ".join(f"{k} {v:.2f}" for k, v in result.items()
+        numbers = ", ".join(f"{k} {v:.4g}" for k, v in result.items()
                             if isinstance(v, float) and k != "label_fraction")
         start = init or ("from scratch" if mode == "train" else "random encoder")
         data.say(f"result ({mode}, {args.data}, {start}): {numbers}")

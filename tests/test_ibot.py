@@ -411,8 +411,9 @@ def test_the_script_keeps_its_schedules(tmp_path):
     assert {round(group["weight_decay"], 6) for group in groups} == {0, round(last, 6)}
 
 
-def test_without_augmentation_the_crops_are_the_image(tmp_path):
-    """--aug none: both global crops are the whole image as it is, local crops are the same, smaller."""
+def test_without_augmentation_the_crops_are_the_image(tmp_path, capsys):
+    """--aug none: both global crops are the whole image as it is, local crops are the same, smaller; what is
+    typed in vain is said."""
     class Enough(Exception):
         pass
     seen = []
@@ -426,6 +427,7 @@ def test_without_augmentation_the_crops_are_the_image(tmp_path):
         patch.setattr(ibot.IBOT, "forward", watched)
     with pytest.raises(Enough):
         run(f"{IBOT} --aug none --blur --eval_every 0 --output_dir {tmp_path}/run", prepare)
+    assert "--blur is not used: --aug none\n" in capsys.readouterr().out
     ((a, b), (local,)), = seen
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
@@ -447,6 +449,7 @@ def test_without_augmentation_the_crops_are_the_image(tmp_path):
     ("--global_scale 0.9 0.3", "--global_scale [0.9, 0.3] must be two shares"),
     ("--local_scale 0.1 0.2 0.3", "--local_scale [0.1, 0.2, 0.3] must be two shares"),
     ("--local_scale 0 0.3", "argument --local_scale: 0.0 must lie in (0, 1]"),
+    ("--koleo 0.1 --batch_size 4 --accum_steps 4", "--koleo 0.1 spreads images: --batch_size 4 leaves one"),
     ("--aug blur", "argument --aug: invalid choice: 'blur'"),
 ))
 def test_wrong_flags(flags, words, monkeypatch, capsys):

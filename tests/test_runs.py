@@ -709,6 +709,7 @@ def test_a_cnn_trains_resumes_and_is_no_vision_transformer(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(f"{cnn} --output_dir stopped", hit_at(signal.SIGTERM, 7))
     run("vit.py --resume --output_dir stopped")
+    assert "--drop_path is not used: --model cnn\n" in capsys.readouterr().out
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     assert set(os.listdir("whole")) == FILES - {"curves.png"} | {"result.json"}
     judged = [line["accuracy"] for line in log_of("whole") if "accuracy" in line]
