@@ -370,10 +370,11 @@ def main():
 
     def evaluate(step):
         pictures(model, data.some_images(args, val_set, 500), val_set, log.picture(step))
+        teacher = data.knn_monitor(args, model, train_set, val_set)
         student = data.knn_monitor(args, model.student.encoder, train_set, val_set, ranked=False)
-        log.write(step, **data.knn_monitor(args, model, train_set, val_set), knn_student=student["knn"],
-                  used=(model.hits > 0).float().mean().item())
-        model.hits.zero_()                                      # used: since the last evaluation
+        used = (model.hits > 0).float().mean().item()           # of the prototypes, since the last evaluation
+        log.write(step, **teacher, knn_student=student["knn"], used=used)
+        model.hits.zero_()
         if step and (words := collapse(log.means, args)):
             data.say(words)
 

@@ -964,7 +964,7 @@ def main():
               "label_fraction": args.label_fraction} | judge(args, train_set, val_set, model)
     if data.rank() == 0:
         data.save_atomically(json.dumps(result, indent=1), Path(args.output_dir) / "result.json")
-        numbers = ", ".join(f"{k} {v:.4g}" for k, v in result.items()
+        numbers = ", ".join(f"{k} {v:.2f}" for k, v in result.items()
                             if isinstance(v, float) and k != "label_fraction")
         start = init or ("from scratch" if mode == "train" else "random encoder")
         data.say(f"result ({mode}, {args.data}, {start}): {numbers}")

@@ -340,7 +340,7 @@ def test_pictures_of_codes_without_pixels(monkeypatch):
     ids = tokenizer.tokens(imgs)
     guess = torch.where(torch.arange(64) < 32, ids, (ids + 1) % 16)         # right in the upper half
     rows, _ = shown(tiny_beit(vocab=16), [imgs, imgs], mask, F.one_hot(guess, 16), monkeypatch, tokenizer)
-    assert (rows["true codes, painted"] == 1).all()
+    assert "true codes, painted" not in rows                                # they would be white everywhere
     right = F.interpolate((guess == ids).float().view(-1, 1, 8, 8), size=32)
     hole = F.interpolate(mask.float().view(-1, 1, 8, 8), size=32)
     assert torch.equal(rows["predicted, painted"], torch.where(hole > 0, right, imgs))

@@ -444,7 +444,7 @@ def test_without_augmentation_the_crops_are_the_image(tmp_path, capsys):
     ("--pred_ratio some", "argument --pred_ratio: invalid float value: 'some'"),
     ("--local_size 10", "--local_size 10 is not divisible by --patch_size 4"),
     ("--img_size 24 --patch_size 8", "--local_size 12 is not divisible by --patch_size 8"),  # half of 24
-    ("--out_dim 100", "differs from --out_dim 100"),
+    ("--shared_head --out_dim 100", "differs from --out_dim 100"),
     ("--global_scale 0.5", "--global_scale [0.5] must be two shares of the image, the smaller one first"),
     ("--global_scale 0.9 0.3", "--global_scale [0.9, 0.3] must be two shares"),
     ("--local_scale 0.1 0.2 0.3", "--local_scale [0.1, 0.2, 0.3] must be two shares"),
