@@ -58,12 +58,6 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the paper's t
 }
 
 
-def pixel_targets(imgs, p, norm_pix_loss=True):
-    """With --target pixels: (B, 3, H, W) -> (B, N, P) float32"""
-    patches = patches_of(imgs, p).float()
-    return norm_patches(patches)[0] if norm_pix_loss else patches
-
-
 class BEiT(nn.Module):
     """Encoder (a ViT), mask token, head and loss."""
 
@@ -117,10 +111,8 @@ def pictures(model, tokenizer, views, mask, source, path, norm_pix_loss=True):
     visible, pixel_mask = data.hide(image, mask)
     if model.target == "pixels":
         best, title = {}, "brightness and contrast are the true ones" * norm_pix_loss
-        if norm_pix_loss:
-            _, mean, std = norm_patches(patches_of(imgs, p))
-            pred = pred * std + mean
-        painted = data.to_pixels(image_of(pred, p), source)                                 # (B, 3, H, W)
+        _, mean, std = norm_patches(patches_of(imgs, p), norm_pix_loss)
+        painted = data.to_pixels(image_of(pred * std + mean, p), source)                    # (B, 3, H, W)
     else:
         codes, pred = tokenizer.tokens(views[1]), pred.argmax(-1)                           # (B, N) each
         paint, best, note = painter(tokenizer, codes, imgs.shape[-1])
@@ -178,8 +170,8 @@ def main():
             mask = data.draw_masks(args, len(imgs), "end")
             with data.autocast(args):
                 with torch.no_grad():                           # the tokenizer is frozen
-                    target = tokenize(views[1]) if tokenizer else pixel_targets(
-                        imgs, args.patch_size, args.norm_pix_loss)
+                    target = tokenize(views[1]) if tokenizer else norm_patches(
+                        patches_of(imgs, args.patch_size), args.norm_pix_loss)[0]
                 loss, accuracy = net(imgs, target, mask)
             scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
             log.note(loss=loss, **({"accuracy": accuracy} if tokenizer else {}))

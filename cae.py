@@ -75,12 +75,6 @@ def row_first_pos_embed(dim, grid):
     return sincos_pos_embed(dim, grid).roll(dim // 2, -1)
 
 
-def pixel_targets(imgs, p, norm_pix_loss=True):
-    """With --target pixels: (B, 3, H, W) -> (B, N, P) float32"""
-    patches = patches_of(imgs, p).float()
-    return norm_patches(patches, unbiased=False)[0] if norm_pix_loss else patches
-
-
 class RegressorBlock(nn.Module):
     """Hidden patches ask visible ones and themselves; positions on queries and keys only (3.2).
 
@@ -237,11 +231,10 @@ def pictures(model, tokenizer, views, mask, source, path, norm_pix_loss=True):
     straight = model.decode(model.encode(model.encoder, imgs, everywhere), everywhere)      # (B, N, K or P)
     model.train()
     if model.target == "pixels":
+        _, mean, std = norm_patches(patches_of(imgs, p), norm_pix_loss, unbiased=False)     # (B, N, 1) each
+
         def paint(x):
-            if norm_pix_loss:
-                _, mean, std = norm_patches(patches_of(imgs, p), unbiased=False)            # (B, N, 1) each
-                x = x * std + mean
-            return data.to_pixels(image_of(x, p), source)
+            return data.to_pixels(image_of(x * std + mean, p), source)
         everything = straight.scatter(1, ids_hidden[:, :, None].expand(-1, -1, pred.shape[2]), pred)
         best, title = {}, "brightness and contrast of the patches are the true ones" * norm_pix_loss
     else:
@@ -299,8 +292,8 @@ def main():
         torch.manual_seed(0)                                    # the same masks every time
         views = data.some_images(args, val_set, 200, whole)
         mask = data.draw_masks(args, len(views[0]), "on")
-        target = tokenizer.tokens(views[1]) if tokenizer else pixel_targets(
-            views[0], args.patch_size, args.norm_pix_loss)
+        target = tokenizer.tokens(views[1]) if tokenizer else norm_patches(
+            patches_of(views[0], args.patch_size), args.norm_pix_loss, unbiased=False)[0]
         result = direct(model, views[0], target, mask)
         pictures(model, tokenizer, [view[:8] for view in views], mask[:8], val_set, log.picture(step),
                  args.norm_pix_loss)
@@ -315,8 +308,8 @@ def main():
             mask = data.draw_masks(args, len(imgs), "on")
             with data.autocast(args):
                 with torch.no_grad():                           # the tokenizer is frozen
-                    target = tokenize(views[1]) if tokenizer else pixel_targets(
-                        imgs, args.patch_size, args.norm_pix_loss)
+                    target = tokenize(views[1]) if tokenizer else norm_patches(
+                        patches_of(imgs, args.patch_size), args.norm_pix_loss, unbiased=False)[0]
                 loss, logs = net(imgs, target, mask)
             scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
             log.note(loss=loss, **logs)

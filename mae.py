@@ -84,8 +84,7 @@ def random_masking(noise, num_keep):
 
 def pixel_targets(imgs, p, norm_pix_loss):
     """The decoder's targets, (B, N, P), in float32. Variance: unbiased, of all values of a patch together."""
-    target = patchify(imgs.float(), p)
-    return norm_patches(target)[0] if norm_pix_loss else target
+    return norm_patches(patchify(imgs, p), norm_pix_loss)[0]
 
 
 class MAE(nn.Module):
@@ -168,11 +167,10 @@ def pictures(model, imgs, source, path):
     model.eval()
     loss, pred, mask = model.forward(imgs)                      # .forward: not compiled for this shape
     model.train()
-    p, note = model.patch_size, ""
-    if model.norm_pix_loss:  # the prediction has no brightness and contrast of its own
-        _, mean, std = norm_patches(patchify(imgs, p))
-        pred, note = pred * std + mean, "; brightness and contrast of each predicted patch are the true ones"
-    image, pred = data.to_pixels(imgs, source), data.to_pixels(unpatchify(pred, p), source)
+    p, image = model.patch_size, data.to_pixels(imgs, source)
+    _, mean, std = norm_patches(patchify(imgs, p), model.norm_pix_loss)
+    note = "; brightness and contrast of each predicted patch are the true ones" * model.norm_pix_loss
+    pred = data.to_pixels(unpatchify(pred * std + mean, p), source)
     visible, pixel_mask = data.hide(image, mask)
     rows = {"image": image, "visible": visible, "prediction": pred,
             "pasted": image * (1 - pixel_mask) + pred * pixel_mask}

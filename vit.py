@@ -263,11 +263,14 @@ def image_of(patches, p):
     return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (g, g)), p)
 
 
-def norm_patches(patches, unbiased=True):
+def norm_patches(patches, norm_pix_loss=True, unbiased=True):
     """Patches (B, N, P) as a target: (x - mean) / std, each by its own; and these two (B, N, 1). float32
 
-    The variance, 1e-6 added to it, is unbiased in MAE and BEiT, biased (unbiased=False) in CAE."""
+    The variance, 1e-6 added to it, is unbiased in MAE and BEiT, biased (unbiased=False) in CAE. Without
+    norm_pix_loss the patches stay as they are: mean 0, std 1."""
     patches = patches.float()
+    if not norm_pix_loss:
+        return patches, 0.0, 1.0
     mean, var = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True, unbiased=unbiased)
     std = (var + 1e-6).sqrt()
     return (patches - mean) / std, mean, std

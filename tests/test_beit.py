@@ -161,7 +161,7 @@ def test_ablations():
     model = tiny_beit(predict="all")
     logits = model.lm_head(model.hidden_states(imgs, mask))
     assert torch.allclose(model(imgs, codes, mask)[0], F.cross_entropy(logits.flatten(0, 1), codes.flatten()))
-    target = beit.pixel_targets(imgs, 4)
+    target = vit.norm_patches(vit.patches_of(imgs, 4))[0]
     patch = imgs[2, :, 4:8, 12:16].flatten()                    # row 1, column 3
     assert torch.allclose(target[2, 11], (patch - patch.mean()) / (patch.var() + 1e-6).sqrt(), atol=1e-6)
     model = tiny_beit(vocab=48, target="pixels")
@@ -240,7 +240,7 @@ def test_one_batch_is_overfitted(options):
     """Real steps on one batch bring the loss down, and every weight gets a gradient."""
     model, (_, codes, mask) = tiny_beit(**options), batch(2)
     imgs = data.draw_shapes(2, 32, seed=0)[0].float() / 127.5 - 1
-    target = beit.pixel_targets(imgs, 4) if "target" in options else codes
+    target = vit.norm_patches(vit.patches_of(imgs, 4))[0] if "target" in options else codes
     optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=4e-3)
     losses = []
     for _ in range(60):
@@ -327,7 +327,7 @@ def test_pictures_of_pixels(norm, monkeypatch):
     """With the right pixels, normalised or plain, the painted image is the image itself; the title says what
     is given away."""
     imgs, (_, _, mask) = torch.rand(4, 3, 32, 32), batch()
-    model, target = tiny_beit(vocab=48, target="pixels"), beit.pixel_targets(imgs, 4, norm)
+    model, target = tiny_beit(vocab=48, target="pixels"), vit.norm_patches(vit.patches_of(imgs, 4), norm)[0]
     assert norm or torch.equal(target[1, 17], imgs[1, :, 8:12, 4:8].flatten())
     rows, title = shown(model, [imgs], mask, target, monkeypatch, norm_pix_loss=norm)
     assert torch.allclose(rows["predicted, painted"], imgs, atol=1e-5) and ("true ones" in title) == norm

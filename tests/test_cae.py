@@ -247,14 +247,18 @@ def test_direct_decoding():
     assert result["direct_accuracy"] == (logits.argmax(-1) == target).float().mean().item()
 
 
+def pixel_targets(imgs, norm=True):
+    return vit.norm_patches(vit.patches_of(imgs, 4), norm, unbiased=False)[0]
+
+
 def test_pixel_targets():
     """Each patch by its own mean and biased variance, channel first, or as it is; float32."""
     imgs = torch.randn(2, 3, 32, 32)
     patch = imgs[1, :, 8:12, 4:8].flatten()                     # row 2, column 1
     wanted = (patch - patch.mean()) / (patch.var(unbiased=False) + 1e-6).sqrt()
-    assert torch.allclose(cae.pixel_targets(imgs, 4)[1, 17], wanted, atol=1e-5)
-    assert torch.equal(cae.pixel_targets(imgs, 4, norm_pix_loss=False)[1, 17], patch)
-    assert cae.pixel_targets(imgs.bfloat16(), 4, norm_pix_loss=False).dtype == torch.float32
+    assert torch.allclose(pixel_targets(imgs)[1, 17], wanted, atol=1e-5)
+    assert torch.equal(pixel_targets(imgs, norm=False)[1, 17], patch)
+    assert pixel_targets(imgs.bfloat16(), norm=False).dtype == torch.float32
 
 
 # ---- training ----
@@ -266,7 +270,7 @@ def test_one_batch_is_overfitted(options):
     """Real steps bring both losses down, and every weight gets a gradient, in every form of the model."""
     model, (_, ids, mask) = tiny_cae(**options), batch(2)
     imgs = data.draw_shapes(2, 32, seed=0)[0].float() / 127.5 - 1
-    target = cae.pixel_targets(imgs, 4) if "target" in options else ids
+    target = pixel_targets(imgs) if "target" in options else ids
     optimizer = torch.optim.AdamW(param_groups(model, 0.05, no_decay=()), lr=3e-3)
     losses = []
     for _ in range(60):
@@ -289,7 +293,7 @@ def test_pictures_of_all_targets(tmp_path):
         cae.pictures(tiny_cae(), tokenizer, [imgs, pixels], mask, source, tmp_path)
         cae.pictures(tiny_cae(48, target="pixels"), None, [imgs], mask, source, tmp_path)
         for norm in (True, False):
-            model, target = tiny_cae(48, target="pixels"), cae.pixel_targets(2 * pixels - 1, 4, norm)
+            model, target = tiny_cae(48, target="pixels"), pixel_targets(2 * pixels - 1, norm)
             patch.setattr(model, "decode", lambda latents, ids: vit.take(target, ids))
             cae.pictures(model, None, [2 * pixels - 1], mask, source, tmp_path, norm)
     assert [len(found) for found in rows] == [5, 4, 4, 4]
