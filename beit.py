@@ -108,7 +108,6 @@ def pictures(model, tokenizer, views, mask, source, path, norm_pix_loss=True):
     pred = model.lm_head(model.hidden_states(imgs, mask)).float()                           # (B, N, K or P)
     model.train()
     image = data.to_pixels(imgs, source)
-    visible, pixel_mask = data.hide(image, mask)
     if model.target == "pixels":
         best, title = {}, "brightness and contrast are the true ones" * norm_pix_loss
         _, mean, std = norm_patches(patches_of(imgs, p), norm_pix_loss)
@@ -118,8 +117,8 @@ def pictures(model, tokenizer, views, mask, source, path, norm_pix_loss=True):
         paint, best, note = painter(tokenizer, codes, imgs.shape[-1])
         painted = paint(torch.where(mask, pred, codes))
         title = f"{(pred == codes)[mask].float().mean():.1%} of the hidden codes are predicted right{note}"
-    rows = {"image": image, "visible": visible,
-            "predicted, painted": image * (1 - pixel_mask) + painted * pixel_mask}
+    rows = {"image": image, "visible": data.hide(image, mask),
+            "predicted, painted": data.hide(image, mask, painted)}
     data.save_rows(path, rows | best, title)
 
 

@@ -513,7 +513,7 @@ def pictures(model, tokenizer, views, mask, source, path):
     near = (F.cosine_similarity(codes.codebook[pred], codes.codebook[ids], dim=-1) if codes
             else (pred == ids).float())
     near = torch.where(mask, near, 1.0).unflatten(1, (g, g))
-    data.save_rows(path, {"image": image, "visible": data.hide(image, mask)[0],
+    data.save_rows(path, {"image": image, "visible": data.hide(image, mask),
                           "predicted and\ntrue code": near},
                    f"{(pred == ids)[mask].float().mean():.1%} of the hidden codes are predicted right; "
                    f"last row: {'cosine of the vectors of both codes' if codes else 'where it is right'}")

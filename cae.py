@@ -245,9 +245,8 @@ def pictures(model, tokenizer, views, mask, source, path, norm_pix_loss=True):
         title = (f"right codes{note}: {hits.float().mean():.1%} of the hidden ones, "
                  f"{(straight == codes).float().mean():.1%} straight from the encoder")
     image = data.to_pixels(imgs, source)
-    visible, pixel_mask = data.hide(image, mask)
-    rows = {"image": image, "visible": visible,
-            "predicted, painted": image * (1 - pixel_mask) + paint(everything) * pixel_mask,
+    rows = {"image": image, "visible": data.hide(image, mask),
+            "predicted, painted": data.hide(image, mask, paint(everything)),
             "straight from\nthe encoder": paint(straight)}
     data.save_rows(path, rows | best, title)
 

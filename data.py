@@ -1968,11 +1968,11 @@ def to_pixels(imgs, source):
     return (imgs.detach().cpu().float() * std + mean).clamp(0, 1)
 
 
-def hide(imgs, mask):
-    """Images (B, 3, H, W) with the patches of a mask (B, N) in grey, and the mask as pixels (B, 1, H, W)"""
+def hide(imgs, mask, behind=0.5):
+    """Images (B, 3, H, W) where the patches of a mask (B, N) are grey, or those of other images `behind`"""
     g = math.isqrt(mask.shape[1])
     mask = F.interpolate(mask.cpu().float().view(-1, 1, g, g), imgs.shape[-2:])
-    return imgs * (1 - mask) + 0.5 * mask, mask
+    return imgs * (1 - mask) + behind * mask
 
 
 def save_rows(path, rows, title=""):
@@ -2180,7 +2180,7 @@ def main():
         mixup_cutmix(plain[:5], labels[:5], len(sets[0].classes), m, c, 0.1)[0]
         for m, c in ((0.8, 0.0), (0.0, 1.0))])
     mask = blockwise_mask(len(plain), args.grid, int(0.4 * args.grid ** 2), max(1, args.grid ** 2 // 12))
-    rows["block mask"], _ = hide(plain, mask)
+    rows["block mask"] = hide(plain, mask)
     path = Path(args.output_dir) / "pictures" / "views.png"
     save_rows(path, rows, title=f"{args.data}: " + ", ".join(sets[0].classes[y] for y in labels.tolist()))
     say(f"see {path}")

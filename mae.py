@@ -171,9 +171,8 @@ def pictures(model, imgs, source, path):
     _, mean, std = norm_patches(patchify(imgs, p), model.norm_pix_loss)
     note = "; brightness and contrast of each predicted patch are the true ones" * model.norm_pix_loss
     pred = data.to_pixels(unpatchify(pred * std + mean, p), source)
-    visible, pixel_mask = data.hide(image, mask)
-    rows = {"image": image, "visible": visible, "prediction": pred,
-            "pasted": image * (1 - pixel_mask) + pred * pixel_mask}
+    rows = {"image": image, "visible": data.hide(image, mask), "prediction": pred,
+            "pasted": data.hide(image, mask, pred)}
     data.save_rows(path, rows, f"loss on the hidden patches {loss.item():.3f}{note}")
 
 

@@ -720,13 +720,12 @@ def test_draw_masks_hides_the_asked_patches(masking, rule):
 # ---- pictures ----
 
 def test_hidden_patches_are_grey():
-    """`hide` shows the patches of a mask in grey, all other pixels as they are, and the mask in pixels."""
+    """`hide` shows the patches of a mask in grey, or other images there, and all other pixels as they are."""
     imgs, mask = noise_images(2, 12, 12), noise_images(2, 1, 3).flatten(1) < 0.5
-    shown_imgs, pixels = data.hide(imgs, mask)
-    assert pixels.shape == (2, 1, 12, 12)
+    shown_imgs, pasted = data.hide(imgs, mask), data.hide(imgs, mask, 1 - imgs)
     for b, y, x in np.ndindex(2, 12, 12):
         hidden = mask[b, y // 4 * 3 + x // 4]
-        assert pixels[b, 0, y, x] == hidden
+        assert torch.equal(pasted[b, :, y, x], 1 - imgs[b, :, y, x] if hidden else imgs[b, :, y, x])
         assert torch.equal(shown_imgs[b, :, y, x], torch.full((3,), 0.5) if hidden else imgs[b, :, y, x])
 
 
