@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 import data
-from vit import (SIZES, Block, ViT, cosine_lr, load_init, norm_patches, param_groups, patches_of, set_lr,
-                 sincos_pos_embed, take)
+from vit import (SIZES, Block, ViT, cosine_lr, image_of, load_init, norm_patches, param_groups, patches_of,
+                 set_lr, sincos_pos_embed, take)
 
 RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the paper's table 8); meaning; range
     "mask_ratio":        (0.75, "share of the patches that are hidden from the encoder", "(0, 1)"),
@@ -46,17 +46,12 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the paper's t
 def patchify(imgs, p):
     """(B, 3, H, W) -> (B, N, P): patches in raster order, their values by row, column, channel, as the
     official decoder predicts them (vit.patches_of puts the channel first, as the embedding's weights lie)."""
-    B, C, H, W = imgs.shape
-    x = imgs.reshape(B, C, H // p, p, W // p, p)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+    return patches_of(imgs, p).unflatten(2, (3, -1)).transpose(2, 3).flatten(2)
 
 
 def unpatchify(patches, p):
     """The inverse of patchify for square images: (B, N, P) -> (B, 3, H, W)"""
-    B, N, _ = patches.shape
-    g = int(N ** 0.5)
-    x = patches.reshape(B, g, g, p, p, 3)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, 3, g * p, g * p)
+    return image_of(patches.unflatten(2, (-1, 3)).transpose(2, 3).flatten(2), p)
 
 
 def sampling_noise(sampling, B, grid, num_keep, device):
