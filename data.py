@@ -2013,8 +2013,7 @@ def patches_around(imgs, p, which):
 
 def code_entropy(counts):
     """Entropy in nats of the frequencies of codes that occur `counts` (K,) times"""
-    share = counts.double() / counts.sum()
-    return -(share * share.clamp(min=1e-12).log()).sum().item()
+    return torch.special.entr(counts.double() / counts.sum()).sum().item()
 
 
 def histogram(ids, vocab):

@@ -182,10 +182,6 @@ def koleo_loss(x):
     return -F.pairwise_distance(x, x[nearest]).log().mean()
 
 
-def entropy(q):
-    return -(q * q.clamp(min=1e-12).log()).sum(-1)
-
-
 class IBOT(nn.Module):
     """Student, teacher, centres and loss. No gradient reaches the teacher."""
 
@@ -232,9 +228,9 @@ class IBOT(nn.Module):
             on_cls = cls_loss(q, s_cls)                         # s_cls (G + L, B, K)
             on_patch = patch_loss(q_patch, self.student.head.last_layer2(z_patch), weight)
             with torch.no_grad():
-                certain = entropy(q).mean()
+                certain = torch.special.entr(q).sum(-1).mean()
                 logs = {"cls": on_cls, "patch": on_patch, "entropy": certain, "kl": on_cls - certain,
-                        "entropy_of_mean": entropy(q.mean((0, 1)))}
+                        "entropy_of_mean": torch.special.entr(q.mean((0, 1))).sum()}
                 means += (F.one_hot(q.argmax(-1), q.shape[-1]).float().mean((0, 1)),)
         return self.lambda1 * on_cls + self.lambda2 * on_patch + self.koleo * spread, logs, means
 
