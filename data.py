@@ -2036,19 +2036,11 @@ def trivial_tokens(args, tokenizer, source, view):
 
 def save_usage(path, counts, picture=None, title=""):
     """How often each code occurs (K,), commonest first, and equal use; at its left a picture (H, W, 3)."""
-    if rank():
-        return
-    figure = Figure(figsize=(6, 3) if picture is None else (11, 5.5), layout="constrained")
-    *left, axes = figure.subplots(1, 1 if picture is None else 2, squeeze=False)[0]
-    for beside in left:
-        beside.imshow(picture.numpy(), interpolation="nearest")
-        beside.set(xticks=[], yticks=[], title=title)
     share = counts.sort(descending=True).values / counts.sum()
-    axes.fill_between(range(1, len(share) + 1), share.numpy(), step="mid")
-    axes.axhline(1 / len(share), color="black", linewidth=0.8)
-    axes.set(yscale="log", xlabel="code, commonest first", ylabel="share of all places (line: uniform)",
-             title=f"{(counts > 0).sum()} of {len(counts)} codes are used")
-    save_atomically(figure, path)
+    lines = {f"{(counts > 0).sum()} of {len(counts)} codes are used": share,
+             "all alike": torch.full_like(share, 1 / len(share))}
+    save_plot(path, lines, "-", picture, yscale="log", xlabel="code, commonest first",
+              ylabel="share of all places", title=title)
 
 
 def spectrum(imgs):
@@ -2061,16 +2053,20 @@ def spectrum(imgs):
     return energy / energy.sum()
 
 
-def save_plot(path, lines, style=".-", **settings):
-    """Plot {label: values at 1, 2, 3, ...}. settings: of matplotlib's axes"""
-    if rank() == 0:
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
-        axes = figure.subplots()
-        for label, values in lines.items():
-            axes.plot(range(1, len(values) + 1), values.cpu(), style, label=label)
-        axes.set(**settings)
-        axes.legend()
-        save_atomically(figure, path)
+def save_plot(path, lines, style=".-", picture=None, **settings):
+    """Plot {label: values at 1, 2, ...}, at its left a picture (H, W, 3). settings: of matplotlib's axes"""
+    if rank():
+        return
+    figure = Figure(figsize=(6, 3.5) if picture is None else (11, 5.5), layout="constrained")
+    *left, axes = figure.subplots(1, 1 if picture is None else 2, squeeze=False)[0]
+    for beside in left:
+        beside.imshow(picture.numpy(), interpolation="nearest")
+        beside.set_axis_off()
+    for label, values in lines.items():
+        axes.plot(range(1, len(values) + 1), values.cpu(), style, label=label)
+    axes.set(**settings)
+    axes.legend()
+    save_atomically(figure, path)
 
 
 # ---- k-NN ----

@@ -365,11 +365,10 @@ def pictures(model, imgs, counts, path):
     tiles = torch.cat([model.paint(part[:, None].expand(-1, model.grid ** 2))[:, :, middle, middle]
                        for part in commonest.split(64)]).cpu()                              # (k, 3, ., .)
     model.train()
-    tiles = F.pad(tiles, (1, 1, 1, 1), value=1.0)
-    tiles = torch.cat([tiles, tiles.new_ones(-len(tiles) % 16, *tiles.shape[1:])])
-    mosaic = tiles.unflatten(0, (-1, 16)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    tiles = F.pad(tiles, (1, 1, 1, 1, 0, 0, 0, 256 - len(tiles)), value=1.0)                # (256, 3, ., .)
+    mosaic = image_of(tiles.flatten(1)[None], tiles.shape[-1])[0].permute(1, 2, 0)
     data.save_usage(path.with_name("codebook.png"), counts, mosaic,
-                    f"what the {len(commonest)} commonest codes paint")
+                    f"left: what the {len(commonest)} commonest codes paint")
 
 
 def main():
