@@ -32,7 +32,6 @@ import random
 import re
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tarfile
@@ -416,8 +415,7 @@ def walk(root):
 
 def regular(path):
     """-> path. Raises ValueError if that is a pipe or a device, which may have no end."""
-    mode = os.stat(path).st_mode
-    if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+    if Path(path).is_fifo() or Path(path).is_char_device():
         raise ValueError("it is a pipe or a device")
     return path
 
