@@ -147,11 +147,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def start(self, z):
-        """k-means on the vectors z (n, E) of all ranks gives the first codes."""
+        """First codes: by k-means on vectors z (n, E) of all ranks; without `unit`, random ones of them"""
         with torch.autocast(z.device.type, enabled=False):
             rows = data.all_rows(self.scaled(z.float()))
-            self.codebook.copy_(from_first_rank(spherical_kmeans(
-                rows, len(self.codebook), 10 * self.unit)))     # if not unit vectors, random ones
+            self.codebook.copy_(from_first_rank(spherical_kmeans(rows, len(self.codebook), 10 * self.unit)))
 
 
 def spherical_kmeans(u, num_codes, iterations=10):
@@ -334,8 +333,7 @@ def tokenizer_pictures(model, teacher, imgs, counts, path):
             rows[f"code {k},\n{counts[k] / counts.sum():.1%} of all"] = data.patches_around(
                 pixels, p, picked.tolist())
     data.save_rows(path.with_name("words.png"), rows,
-                   f"patches (the middle third) of the commonest codes; {(counts > 0).sum()} of "
-                   f"{len(counts)} codes are used")
+                   "patches (the middle third) of the commonest codes")
     data.save_usage(path.with_name("usage.png"), counts)
 
 

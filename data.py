@@ -1940,10 +1940,9 @@ def load_state(model, state, path, flags=""):
 
 def check_weights(args, weights):
     """Exit with one sentence before weights that are not finite take the place of good ones."""
-    finite = [value.isfinite().all() for value in weights.values()]
-    if not torch.stack(finite).all():                           # waits once, not for each
-        name = next(name for name, good in zip(weights, finite) if not good)
-        stop(f"the weight {name} is not finite: {diverged(args)}")
+    finite = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()   # waits once
+    if not all(finite):
+        stop(f"the weight {list(weights)[finite.index(False)]} is not finite: {diverged(args)}")
 
 
 def diverged(args):
