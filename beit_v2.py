@@ -580,13 +580,6 @@ def pretrain(args):
 
 # ---- the script ----
 
-def check_flags(args):
-    """One sentence for flags of stage 2 that do not go together."""
-    data.check_masked(args)
-    if args.early_layer > SIZES[args.model]["depth"]:
-        data.stop(f"--early_layer {args.early_layer} must lie between 1 and {SIZES[args.model]['depth']}")
-
-
 def main():
     words, runs = sys.argv[1:], []
     early = data.early_flags(words, stage=("both", "tokenizer", "pretrain"))
@@ -612,7 +605,9 @@ def main():
             tables = tables[1:]
         args = data.parse_args(__doc__, SHARED, *tables, words=typed, folder=folder)
         if this == "pretrain":
-            check_flags(args)
+            data.check_masked(args)
+            if args.early_layer > (depth := SIZES[args.model]["depth"]):
+                data.stop(f"--early_layer {args.early_layer} must lie between 1 and {depth}")
         runs.append((work, args))
     for work, args in runs:                                     # not before the flags of both are right
         work(args)
