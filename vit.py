@@ -44,7 +44,6 @@ import copy
 import itertools
 import json
 import math
-import os
 import re
 import sys
 from collections import OrderedDict
@@ -931,7 +930,7 @@ def main():
     early = data.early_flags(words, mode=RECIPES)
     kept = data.resumed_flags(early, early.output_dir)
     mode, init = early.mode or kept.get("mode", "train"), early.init or kept.get("init", "")
-    folder = f"{os.path.splitext(init)[0]}-{mode}" if init else f"out/vit-{mode}"
+    folder = f"{Path(init).parent / Path(init).stem}-{mode}" if init else f"out/vit-{mode}"
     args = data.parse_args(__doc__, *RECIPES[mode], words=words, folder=folder)
     if args.export:
         export(init or data.stop("--export needs the encoder to write: give --init FILE"), args.export,
