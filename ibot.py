@@ -175,7 +175,7 @@ def patch_loss(q, student, weight, temp=0.1):
 
 def koleo_loss(x):
     """KoLeo (DINOv2, arXiv:2304.07193, section 4): -mean log distance of the unit vectors x (B, D) to their
-    nearest neighbours, which spreads them evenly over the sphere."""
+    nearest neighbours in their part of the batch, which spreads them evenly over the sphere."""
     x = F.normalize(x.float(), dim=1)
     with torch.no_grad():
         nearest = (x @ x.T).fill_diagonal_(-2).argmax(1)

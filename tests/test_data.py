@@ -1783,7 +1783,7 @@ def test_lists_are_typed_as_lists(capsys):
 
 
 @pytest.mark.parametrize("words, recipe, epochs", [("", "small (images of about 32 px)", 200),
-                                                   ("--data shapes", "shapes (--data shapes)", 12)])
+                                                   ("--data shapes", "shapes (--data shapes)", 5)])
 def test_help_shows_the_method_first(words, recipe, epochs, monkeypatch, capsys):
     """--help begins with the script's text and the recipe, then come the method's flags, then those of all
     scripts, each with its meaning, its range or choices, and the default of that recipe."""

@@ -44,7 +44,7 @@ CAE = f"cae.py {TINY} --num_masked 2 --min_block 1"
 VQKD = f"beit_v2.py {TINY} --stage tokenizer --num_codes 16 --code_dim 4 --restart 5"
 BEIT2 = f"beit_v2.py {TINY} --stage pretrain --num_masked 2 --min_block 1 --early_layer 1"
 IBOT = (f"ibot.py {TINY} --local_size 4 --local_crops 1 --out_dim 16 --patch_out_dim 16 --head_hidden 16 "
-        "--head_bottleneck 8")
+        "--head_bottleneck 8 --shared_head --koleo 0")
 TRAIN = f"vit.py {TINY} --mode train --mixup 0.8 --drop_path 0.1 --ema 0.9"
 LINEAR = f"vit.py {TINY} --mode linear --optimizer sgd --blrs 1 10"
 METHODS = {"mae": MAE, "dvae": DVAE, "beit": BEIT, "cae": CAE, "ibot": IBOT, "vqkd": VQKD, "beit_v2": BEIT2}
@@ -1282,8 +1282,8 @@ def test_masks_and_weight_decay_of_the_flags_reach_the_model(name, kind, monkeyp
 
 
 @pytest.mark.parametrize("command, file, rows", (
-    (f"{BEIT} --tokenizer", "beit_v2-tokenizer", {"predicted, painted", "true codes, painted"}),
-    (f"{CAE} --tokenizer", "beit_v2-tokenizer", {"predicted, painted", "true codes, painted"}),
+    (f"{BEIT} --tokenizer", "beit_v2-tokenizer", {"predicted, painted"}),
+    (f"{CAE} --tokenizer", "beit_v2-tokenizer", {"predicted, painted"}),
     (f"{BEIT2} --tokenizer", "dvae", {"predicted and\ntrue code"})))
 def test_codes_of_either_tokenizer(command, file, rows):
     """The student of one paper learns the codes of the other, and its pictures are drawn: of codes that are
@@ -1300,7 +1300,7 @@ def test_codes_of_either_tokenizer(command, file, rows):
         assert len({len(row) for row in found.values()}) == 1
         for name in rows:
             assert 0 <= found[name].min() and found[name].max() <= 1
-        assert (found.get("true codes, painted", torch.ones(1)) == 1).all()
+        assert "true codes, painted" not in found
 
 
 # ---- the codes of beit_v2.py ----
