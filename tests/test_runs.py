@@ -1211,11 +1211,11 @@ def test_every_script_end_to_end(tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_init_starts_from_the_weights_of_a_file(name, whole):
-    """--init with the last.pt (dVAE: tokenizer.pt) of a run: step 0 of the new run has that run's weights."""
+    """--init with the last.pt (dVAE: tokenizer.pt) of a run: step 0 of the new run has that run's weights, but what follows them."""
     file = "tokenizer.pt" if name == "dvae" else "last.pt"
     run(f"{METHODS[name]} --lr 1e-9 --epochs 60 --init {whole[name]}/{file} --max_steps 1 --output_dir new")
     old, new = (read(folder / file)["model"] for folder in (whole[name], Path("new")))
-    assert all(torch.allclose(old[k], new[k], atol=1e-4) for k in old if not re.search("quantizer|centre", k))
+    assert all(torch.allclose(old[k], new[k], atol=1e-4) for k in old if not re.search("quantizer|centre|^teacher", k))
 
 
 def test_init_and_export_in_words(whole, capsys):
