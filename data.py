@@ -1540,6 +1540,7 @@ class Log:
                 lines = [line for line in lines if line["step"] <= start and start > 0]
                 self.before = float(lines[-1]["seconds"]) if lines else 0.0
                 self.evaluated = max((line["step"] for line in lines if "images/s" not in line), default=-1)
+                self.means = next((line for line in lines[::-1] if "images/s" in line), {})
             if rank() == 0:
                 save_atomically("".join(json.dumps(line) + "\n" for line in lines), self.path)
         if start and not any(line["step"] == start and "images/s" in line for line in lines):

@@ -371,7 +371,7 @@ def main():
         used = (model.hits > 0).float().mean().item()           # of the prototypes, since the last evaluation
         log.write(step, **teacher, knn_student=student["knn"], used=used)
         model.hits.zero_()
-        if step and (words := collapse(log.means, args)):
+        if log.means and (words := collapse(log.means, args)):
             data.say(words)
 
     if log.evaluates(start):

@@ -293,6 +293,20 @@ def test_kill_and_resume_twice_is_bitwise_the_uninterrupted_run(tmp_path, whole)
         assert_same_run(tmp_path / name, whole[name])
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_killed_evaluation_is_made_up(name, whole, tmp_path):
+    """A run that was killed in its last evaluation has saved its last step: resumed, it evaluates that."""
+    shutil.copytree(whole[name], tmp_path / "cut")
+    *lines, evaluation = (tmp_path / "cut/log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut/log.jsonl").write_text("".join(lines))
+    run(f"{METHODS[name].split()[0]} --resume --output_dir cut")
+    *_, found = log_of("cut")
+    wanted = json.loads(evaluation)
+    assert "loss" not in wanted and found.keys() == wanted.keys()
+    for key in wanted.keys() - {"seconds", "used", "gap"}:      # used: since the last one; gap: of fresh noise
+        assert found[key] == pytest.approx(wanted[key], rel=1e-4), key
+
+
 def power_cut(is_it):
     """-> prepare: the power fails at the first moment for which `is_it(file name, moment)` is true: "torn",
     with half a file on the disk, or "rename", before it takes its place.
