@@ -303,7 +303,7 @@ def test_a_killed_evaluation_is_made_up(name, whole, tmp_path):
     *_, found = log_of("cut")
     wanted = json.loads(evaluation)
     assert "loss" not in wanted and found.keys() == wanted.keys()
-    for key in wanted.keys() - {"seconds", "used", "gap"}:      # used: since the last one; gap: of fresh noise
+    for key in wanted.keys() - {"seconds", "used", "gap"}:      # counted since the last one; fresh noise
         assert found[key] == pytest.approx(wanted[key], rel=1e-4), key
 
 
