@@ -48,7 +48,7 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the paper's t
     "drop_path":     ((0.0, 0.0, 0.0, 0.1), "drop path rate of the last block", "[0, 1)"),
     "crop_scale":    ((0.4, 0.4, 0.4, 0.08), "smallest share of the image in a random crop", "(0, 1]"),
     "color_jitter":  ((0.0, 0.0, 0.0, 0.4), "strength in brightness, contrast, saturation", "[0, 1]"),
-    "epochs":        (12, 9, 300, 800),                         # passes over the images
+    "epochs":        (12, 10, 300, 800),                        # passes over the images
     "batch_size":    (64, 128, 512, 2048),                      # of all GPUs together
     "lr":            1.5e-3,                                    # at its peak
     "min_lr":        1e-5,                                      # at the end

@@ -81,7 +81,7 @@ PRETRAIN = {  # 1600 epochs: --beta2 0.999 --drop_path 0.1
     "crop_scale":    ((0.4, 0.4, 0.4, 0.2), "smallest share of the image in a random crop", "(0, 1]"),
     "color_jitter":  ((0.0, 0.0, 0.0, 0.4), "strength in brightness, contrast, saturation", "[0, 1]"),
     "beta2":         (0.98, "AdamW's second beta", "[0, 1)"),
-    "epochs":        (12, 7, 300, 300),                         # passes over the images
+    "epochs":        (12, 9, 300, 300),                         # passes over the images
     "batch_size":    (64, 128, 512, 2048),                      # of all GPUs together
     "lr":            1.5e-3,                                    # at its peak
     "min_lr":        1e-5,                                      # at the end

@@ -54,7 +54,7 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (CAE-B); meani
     "layer_scale":     ({"base": 0.1, "large": 1e-5}, "first value of the layer scale; 0: none", "[0, 10]"),
     "drop_path":       ((0.0, 0.0, 0.0, 0.1), "drop path rate of the last block of each part", "[0, 1)"),
     "crop_scale":      ((0.4, 0.4, 0.4, 0.08), "smallest share of the image in a random crop", "(0, 1]"),
-    "epochs":          (12, 7, 300, 800),                       # passes over the images
+    "epochs":          (12, 9, 300, 800),                       # passes over the images
     "batch_size":      (64, 128, 512, 2048),                    # of all GPUs together
     "lr":              (1e-3, 1e-3, 1e-3, 1.5e-3),              # at its peak
     "min_lr":          1e-5,                                    # at the end

@@ -58,7 +58,7 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (DALL-E's); me
     "straight_through": (False, "decode hard one-hot samples; the gradient is that of the relaxed ones"),
     "ema":              (0.999, "momentum of the average that is judged and exported", "[0, 1]"),
     "crop_scale":       (0.4, "smallest share of the image in a random crop", "(0, 1]"),
-    "epochs":           (12, 5, 100, 100),                      # passes over the images
+    "epochs":           (12, 4, 100, 100),                      # passes over the images
     "batch_size":       (64, 64, 256, 512),                     # of all GPUs together
     "lr":               (1e-3, 1e-3, 1e-3, 1e-4),               # at its peak
     "min_lr":           (1e-5, 1e-5, 1e-5, 1.25e-6),            # at the end

@@ -74,7 +74,7 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the published
     "blur":               ((False, False, False, True), "blur the crops (sigma 0.1 to 2 pixels)"),
     "drop_path":          ((0.0, 0.0, 0.1, 0.1), "drop path rate of the student's last block", "[0, 1)"),
     "weight_decay_end":   ((0.04, 0.04, 0.04, 0.4), "at the end; it starts at --weight_decay", "[0, inf)"),
-    "epochs":             (5, 5, 200, {"base": 400, "small": 800}),  # passes over the images
+    "epochs":             (5, 7, 200, {"base": 400, "small": 800}),  # passes over the images
     "batch_size":         (32, 32, 128, 1024),                  # of all GPUs together
     "blr":                (6e-3, 6e-3, 5e-4, {"base": 7.5e-4, "small": 5e-4}),  # lr = blr * batch_size / 256
     "min_lr":             (1e-6, 1e-6, 1e-6, {"base": 2e-6, "small": 1e-6}),  # at the end

@@ -35,7 +35,7 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the paper's t
     "sampling":          ("random", "what to hide; grid: 3 of every 2 x 2", ("random", "block", "grid")),
     "encoder_sees_mask": (False, "ablation: the encoder reads mask tokens, too (worse in the paper)"),
     "aug":               ("crop", "crops, or the image", ("crop", "crop_fixed", "crop_jitter", "none")),
-    "epochs":            (16, 20, 400, 800),                    # passes over the images
+    "epochs":            (16, 44, 400, 800),                    # passes over the images
     "batch_size":        (64, 128, 512, 4096),                  # of all GPUs together
     "blr":               (8e-3, 2e-3, 7.5e-4, 1.5e-4),          # lr = blr * batch_size / 256
     "warmup_epochs":     (1.0, 1.0, 20.0, 40.0),                # in which lr rises from 0

@@ -400,7 +400,7 @@ SHARED = {
 SUPERVISED = {  # training from scratch, and what fine-tuning has in common with it
     "model":          (("micro", "micro", "tiny", "base"), "size of the Vision Transformer, or a small CNN",
                        (*data.MODELS, "cnn")),
-    "epochs":         (20, 13, 200, {"base": 300, "large": 200, "huge": 200}),  # passes over the images
+    "epochs":         (20, 24, 200, {"base": 300, "large": 200, "huge": 200}),  # passes over the images
     "batch_size":     (128, 128, 512, 4096),                    # of all GPUs together
     "blr":            (1e-3, 2e-3, 5e-4, 1e-4),                 # lr = blr * batch_size / 256
     "min_lr":         1e-6,                                     # at the end

@@ -1710,7 +1710,7 @@ def test_choice_of_the_recipe(words, recipe, why, pixels, model):
     assert (args.recipe, args.why, args.model) == (recipe, why, model)
     assert (args.img_size, args.patch_size) == pixels and args.words == words.split()
     column = data.COLUMNS.index(recipe)
-    assert (args.epochs, args.batch_size) == ((16, 20, 400, 800)[column], (64, 128, 512, 4096)[column])
+    assert (args.epochs, args.batch_size) == ((16, 44, 400, 800)[column], (64, 128, 512, 4096)[column])
     assert args.weight_decay == 0.05 and args.norm_pix_loss is (recipe != "shapes")
     assert parse(f"{words} --img_size 48 --patch_size 6 --epochs 3", mae.RECIPE).flags == args.flags | {
         "img_size": 48, "patch_size": 6, "epochs": 3}
