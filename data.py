@@ -490,6 +490,18 @@ def load_sets(args):
     return sets
 
 
+def pictures_at(places):
+    """Picture files, and all below the folders among them, as a set without labels. -> Images
+
+    Raises: exits with one sentence if there are none."""
+    with reading(" ".join(places), "pictures"):
+        paths = [path for place in places for path in (
+            [p for p in walk(place) if p.lower().endswith(ENDINGS)] if os.path.isdir(place) else [place])]
+    if not any(paths):
+        stop(f"no pictures in '{' '.join(places)}': name files, or folders that hold some")
+    return Images(paths, torch.zeros(len(paths), dtype=torch.long), [""], *STATS["imagenet"])
+
+
 def read_folders(root, holdout):
     """root/train/<class>/* and root/val/<class>/*; with holdout the first alone, or root/<class>/*.
 
@@ -971,10 +983,15 @@ class Loader:
 
     def __init__(self, args, source, views, train=True):
         self.args, self.source, self.train, self.views = args, source, train, [v for v in views if v.count]
+        share = world_size() * args.accum_steps
+        if train and args.batch_size > len(source) >= share:
+            say(f"a batch is {len(source) // share * share} images, not {args.batch_size}: there are no more")
+            args.batch_size = len(source) // share * share
+            args.lr = args.blr * args.batch_size / 256 if args.blr else args.lr
         self.epoch_steps = len(source) // args.batch_size
         if train and not self.epoch_steps:
-            stop(f"--batch_size {args.batch_size} is larger than the {len(source)} training images: "
-                 f"use {1 << int(math.log2(max(1, len(source))))} or less")
+            stop(f"{len(source)} training images are too few for {share} parts of a batch: take fewer ranks "
+                 f"or a smaller --accum_steps")
         self.all_steps = args.epochs * self.epoch_steps         # those of the recipe: schedules count them
         self.total_steps = min(self.all_steps, args.max_steps or self.all_steps)
         self.skipped = source.skipped                           # image files that could not be read
@@ -1096,6 +1113,7 @@ def early_flags(words, **choices):
     parser.error = lambda message: stop(f"{message} (see --help)")
     for name in ("data", "recipe", "model", "output_dir", "init", "tokenizer", "mode", "stage"):
         parser.add_argument(f"--{name}", choices=choices.get(name, COLUMNS if name == "recipe" else None))
+    parser.add_argument("--num_heads", type=int, default=0)
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
     early = parser.parse_known_args(words)[0]
     early.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0   # torchrun continues by itself
@@ -1149,32 +1167,34 @@ def choose_recipe(typed, data_name, model, side):
     if typed or data_name == "shapes":
         return (typed, "--recipe") if typed else ("shapes", "--data shapes")
     if model == "micro":
-        return "laptop", "--model micro"
+        return "laptop", "the model's size, micro"
     return ("small" if side <= 96 else "imagenet"), f"images of about {side} px"
 
 
-def parse_args(doc, *recipe, words=None, folder=None):
+def parse_args(doc, *recipe, words=None, folder=None, told=()):
     """The flags of a script: from the command line, else the resumed run, else the recipe's column.
 
     recipe: tables {flag: row}, see COMMON; the later ones win. words: the command line without the script;
-    sys.argv's if not given. folder: output_dir is <folder>-<data> if not given.
+    sys.argv's if not given. folder: output_dir is <folder>-<data> if not given. told: {flag: value} that a
+    file decides, before the recipe; of data, model, img_size and patch_size.
     -> argparse.Namespace, with grid = img_size / patch_size
     Raises: exits with one sentence on a wrong value."""
     words, folder = sys.argv[1:] if words is None else words, folder or f"out/{Path(sys.argv[0]).stem}"
-    early, common = early_flags(words), merge(*COMMON.values())
+    early, common, told = early_flags(words), merge(*COMMON.values()), {"data": "cifar10"} | dict(told)
     rows = merge(common, *recipe)
-    output_dir = early.output_dir or f"{folder}-{Path(early.data or 'cifar10').name}"
+    output_dir = early.output_dir or f"{folder}-{Path(early.data or told['data']).name}"
     kept = resumed_flags(early, output_dir)
-    data_name, model = early.data or kept.get("data", "cifar10"), early.model or kept.get("model")
-    side = side_of(data_name)
-    column, why = choose_recipe(early.recipe or kept.get("recipe"), data_name, model, side)
+    told |= {"data": early.data or kept.get("data", told["data"])}
+    model = early.model or kept.get("model", told.get("model"))
+    side = side_of(told["data"])
+    column, why = choose_recipe(early.recipe or kept.get("recipe"), told["data"], model, side)
     why = "--resume" if kept and not early.recipe else why
     cells = {name: row[0][COLUMNS.index(column)] if isinstance(row[0], tuple) else row[0]
              for name, row in rows.items()}
     values = {name: cell.get(model or cells["model"], next(iter(cell.values())))
               if isinstance(cell, dict) else cell for name, cell in cells.items()}
     pixels = (32, 4) if side < 48 else (64, 8) if side <= 96 else (224, 16)
-    values |= dict(zip(("img_size", "patch_size"), pixels), data=data_name, recipe=column)
+    values |= dict(zip(("img_size", "patch_size"), pixels), recipe=column) | told
 
     title = f"{doc}\nThe defaults below are those of the recipe {column} ({why})."
     parser = argparse.ArgumentParser(description=title, allow_abbrev=False,
@@ -1288,10 +1308,8 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def setup(args):
-    """Choose the device and precision, join the other ranks, seed, and make the run folder. -> torch.device
-
-    A folder that already holds a run is refused unless --resume is given."""
+def choose_device(args):
+    """Choose the device and precision, join the other ranks, and seed. -> torch.device"""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if args.device == "auto":
         args.device = next(device for device, here in found.items() if here)
@@ -1319,7 +1337,14 @@ def setup(args):
                                 device_id=cuda)
         atexit.register(dist.destroy_process_group)             # not before: two stages may share the process
     torch.manual_seed(args.seed)
-    folder = Path(args.output_dir)
+    return torch.device(args.device)
+
+
+def setup(args):
+    """`choose_device`, and make the run folder. -> torch.device
+
+    A folder that already holds a run is refused unless --resume is given."""
+    device, folder = choose_device(args), Path(args.output_dir)
     used = ("pictures", "log.jsonl", "last.pt", "encoder.pt", "tokenizer.pt", "result.json")
     if any((folder / name).exists() for name in used) and not args.resume:
         stop(f"{folder} already holds a run: continue it with --resume, or name another --output_dir")
@@ -1332,7 +1357,7 @@ def setup(args):
         if not (args.resume and (folder / "args.json").exists()):
             save_args(args)
             atexit.register(tidy, folder)
-    return torch.device(args.device)
+    return device
 
 
 LOCKS = {}  # folder: the open file that keeps others out of it while this process lives
@@ -1647,9 +1672,10 @@ class Log:
         flags = {name: value for name, value in args.flags.items() if name not in COMMON["run"]}
         files = {f"{name}.pt": {"model": model.state_dict(), "config": model.config, "mean": source.mean,
                                 "std": source.std, "method": args.method.removesuffix("-tokenizer"),
-                                "data": args.data} for name, model in exports.items()}
+                                "data": args.data, "classes": source.classes}
+                 for name, model in exports.items()}
         files["last.pt"] = {name: part.state_dict() for name, part in state.items()} | {
-            "step": done, "flags": flags | {"images": args.images}}
+            "step": done, "flags": flags | {"images": args.images}, "mean": source.mean, "std": source.std}
         for name, content in files.items():
             check_weights(args, content["model"])
             if rank() == 0:

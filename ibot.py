@@ -23,6 +23,8 @@ patches of the whole batch, D width, E of the bottleneck, K and K' prototypes fo
     python ibot.py                                          # CIFAR-10, ViT-Tiny/4, one GPU: not run yet
     torchrun --nproc_per_node=8 ibot.py --data imagenet     # ViT-B/16, 400 epochs: not run yet
 
+encoder.pt is the teacher's, student.pt the student's: vit.py judges both.
+
 Less work than the official code, the same numbers: the student's head reads class tokens and hidden patches
 only; the prototypes are linear, so the teacher's patch centre is their value at the mean of the unit vectors.
 The hidden patches of a batch are padded to a fixed count, six standard deviations above their mean.
@@ -407,7 +409,7 @@ def main():
         model.update(means, half_cosine(done, args.momentum, 1.0))   # it follows the student of this step
         log.step(step, lr=lr)
         if log.saves(step + 1):
-            log.save(step + 1, state, encoder=model.teacher.encoder)
+            log.save(step + 1, state, encoder=model.teacher.encoder, student=model.student.encoder)
         if log.evaluates(step + 1):
             evaluate(step + 1)
     log.finish()

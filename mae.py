@@ -15,10 +15,14 @@ Shapes: B images, N patches (no cls), V visible, D, E width of encoder, decoder,
     python mae.py --model micro                             # CIFAR-10, CPU, 42 minutes: k-NN 33 -> 47%
     python mae.py                                           # CIFAR-10, ViT-Tiny/4, one GPU: 40 epochs run
     torchrun --nproc_per_node=8 mae.py --data imagenet      # ViT-B/16, 800 epochs: not run yet
+    python mae.py --init out/mae-cifar10/last.pt --paint a.jpg folder   # repaints these: painted.png
 
 Deviations: the kept patches are picked before they are embedded, not after (the same numbers, less work);
 the k-NN monitor reads the mean of the patch tokens, for no loss is put on the class token of an MAE itself.
 """
+import sys
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -34,6 +38,7 @@ RECIPE = {  # one value, or four: shapes, laptop, small, imagenet (the paper's t
     "decoder_heads":     ((2, 2, 3, 16), "attention heads of the decoder", "[1, 128]"),
     "sampling":          ("random", "what to hide; grid: 3 of every 2 x 2", ("random", "block", "grid")),
     "encoder_sees_mask": (False, "ablation: the encoder reads mask tokens, too (worse in the paper)"),
+    "paint":             ([""], "pictures and folders of pictures to repaint with --init FILE: no training"),
     "aug":               ("crop", "crops, or the image", ("crop", "crop_fixed", "crop_jitter", "none")),
     "epochs":            (16, 44, 400, 800),                    # passes over the images
     "batch_size":        (64, 128, 512, 4096),                  # of all GPUs together
@@ -172,7 +177,11 @@ def pictures(model, imgs, source, path):
 
 
 def main():
-    args = data.parse_args(__doc__, RECIPE)
+    early, painting = data.early_flags(sys.argv[1:]), any(word.startswith("--paint") for word in sys.argv)
+    if painting and not early.init:
+        data.stop("--paint needs a trained model: give --init FILE, the last.pt of a run")
+    content = data.load_file(early.init) if painting else {}
+    args = data.parse_args(__doc__, RECIPE, told=content.get("flags", {}))
     if args.sampling == "grid" and (args.mask_ratio != 0.75 or args.grid % 2):
         data.stop(f"--sampling grid hides three of every 2 x 2 patches: it needs --mask_ratio 0.75 and "
                   f"an even grid, not {args.mask_ratio} and {args.grid} x {args.grid}")
@@ -182,18 +191,24 @@ def main():
     if args.decoder_dim % args.decoder_heads or args.decoder_dim % 4:
         data.stop(f"--decoder_dim {args.decoder_dim} must be divisible by 4 and by --decoder_heads "
                   f"{args.decoder_heads}")
-    device = data.setup(args)
-    train_set, val_set = data.load_sets(args)
-    crop = dict(scale=(0.2, 1.0), flip=0.5)
-    view = {"none": {}, "crop": crop, "crop_jitter": crop | dict(jitter=(0.4, 0.4, 0.4, 0.1)),
-            "crop_fixed": dict(scale=(0.77, 0.77), ratio=(1, 1), flip=0.5)}[args.aug]
-    loader = data.Loader(args, train_set, [data.View(args.img_size, **view)])
-
+    device = data.choose_device(args) if painting else data.setup(args)
+    train_set, val_set = [data.pictures_at(args.paint)] * 2 if painting else data.load_sets(args)
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="sincos")
     model = MAE(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads, args.mask_ratio,
                 args.norm_pix_loss, args.sampling, args.encoder_sees_mask).to(device)
     if args.init:
         load_init(model, args, fixed=("encoder.pos_embed", "decoder_pos_embed"))
+    if painting:
+        val_set.mean, val_set.std = (content.get(name, getattr(val_set, name)) for name in ("mean", "std"))
+        path = Path(early.output_dir or Path(args.init).parent, "painted.png")
+        pictures(model, data.some_images(args, val_set, 16), val_set, path)
+        return data.say(f"see {path}")
+
+    crop = dict(scale=(0.2, 1.0), flip=0.5)
+    view = {"none": {}, "crop": crop, "crop_jitter": crop | dict(jitter=(0.4, 0.4, 0.4, 0.1)),
+            "crop_fixed": dict(scale=(0.77, 0.77), ratio=(1, 1), flip=0.5)}[args.aug]
+    loader = data.Loader(args, train_set, [data.View(args.img_size, **view)])
+
     net = data.wrap(model, args)                                # compiled, in DDP; `model` itself is saved
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
                                   betas=(0.9, 0.95), fused="mps" not in args.device)

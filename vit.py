@@ -27,8 +27,11 @@ FILE it judges an encoder: our encoder.pt, or an official file of any method her
                side (MAE, A.1)
     attentive  frozen encoder, one learned query attends to its tokens (CAE, 4.1)
     knn        frozen encoder, weighted vote
+    features   features.npz, for use elsewhere, and a picture of their principal components
+    eval       the classifier in FILE as it is: accuracy, in each class, and what it confuses
+    predict    the same on --images a.jpg folder/: prints file, class, probability
 
-Without --init, the probes (linear, attentive, knn) give the random-encoder row that belongs in every table.
+Image and patch size, and --data, are those of FILE where they are not typed. Without --init, the probes (linear, attentive, knn) give the random-encoder row that belongs in every table.
 
 Deviations: positions and class token are not decayed (timm's rule); mean pooling by default (MAE's and
 BEiT's fine-tuning); the linear probe picks its learning rate by accuracy on the training images, so that
@@ -102,7 +105,7 @@ class ViT(nn.Module):
 
     def add_cls_and_pos(self, x):
         """Embedded patches (B, N, D), all of them -> the blocks' input (B, 1 + N, D)"""
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
         if self.pos_embed is not None:
             grid = math.isqrt(x.shape[1] - 1)
             x = x + interpolate_pos_embed(self.pos_embed, grid, self.config["pos_offset"])
@@ -385,7 +388,8 @@ def rescale(blocks, first=1):
 
 # one value, or four: shapes, laptop, small, imagenet (MAE's tables 10, 11, CAE's 6.3); meaning; range
 SHARED = {
-    "mode":           ("train", "what to do", ("train", "finetune", "linear", "attentive", "knn")),
+    "mode":           ("train", "what to do", ("train", "finetune", "linear", "attentive", "knn", "eval",
+                                               "predict", "features")),
     "init":           ("", "encoder to start from or to judge: our encoder.pt, or an official file"),
     "export":         ("", "write the encoder of --init FILE here, under timm's names, and do nothing else"),
     "half_stats":     (False, "--init FILE was trained on pixels of mean and std 0.5 (timm's, Google's)"),
@@ -450,8 +454,13 @@ ATTENTIVE = {
     "optimizer":      ("sgd", "lars: for large batches", ("sgd", "lars")),
     "blrs":           ([0.03, 0.1, 0.3], [0.1, 0.3, 1.0], [0.03, 0.1, 0.3], [0.00625, 0.0125, 0.025]),
 }
+PREDICT = {
+    "images": ([""], "pictures to name, and folders of pictures"),
+    "json": (False, "print an object of JSON for each"),
+}
 RECIPES = {"train": (SHARED, SUPERVISED), "finetune": (SHARED, SUPERVISED, FINETUNE),
-           "linear": (SHARED, LINEAR), "attentive": (SHARED, LINEAR, ATTENTIVE), "knn": (SHARED,)}
+           "linear": (SHARED, LINEAR), "attentive": (SHARED, LINEAR, ATTENTIVE), "knn": (SHARED,),
+           "eval": (SHARED,), "predict": (SHARED, PREDICT), "features": (SHARED,)}
 
 
 # ---- optimisation ----
@@ -791,15 +800,20 @@ def logistic(args, train_set, val_set, encoder):
     return result | {"penalties": penalties}
 
 
-# ---- knn ----
+# ---- knn and features ----
+
+def encode_both(args, encoder, source):
+    """Class token and mean of the patches of all images of a set -> (n, 2 D), labels (n,)"""
+    def both(imgs):
+        tokens = encoder.forward_features(imgs)
+        return torch.cat([pool(tokens) for pool in POOLS.values()], 1)
+    encoder.eval()
+    return data.encode(args, both, source)
+
 
 def knn(args, train_set, val_set, encoder):
     """Weighted k-NN on class token and mean of patches, no training. -> the entries of result.json"""
-    def both(imgs):
-        tokens = encoder.forward_features(imgs)
-        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)                          # (B, 2D)
-    encoder.eval()
-    (train_x, train_y), (x, y) = (data.encode(args, both, source) for source in (train_set, val_set))
+    (train_x, train_y), (x, y) = (encode_both(args, encoder, source) for source in (train_set, val_set))
     result = {}
     for feature, a, b in zip(("cls", "mean"), train_x.chunk(2, 1), x.chunk(2, 1)):
         guesses = data.knn_vote(a, train_y, b, (10, 20, 100, 200), len(train_set.classes))
@@ -807,6 +821,59 @@ def knn(args, train_set, val_set, encoder):
                    for k, guess in guesses.items()}
     pictures(args, encoder, val_set)
     return result
+
+
+def features(args, train_set, val_set, encoder):
+    """features.npz, for whatever comes next: `cls` and `mean` (n, D) of all images, `labels` (n,), `classes`,
+    `paths` (numbers where the images are no files), `split` (train or val); features.png draws them."""
+    parts, paths, splits = [], [], []
+    for split, source in (("train", train_set), ("val", val_set)):
+        parts.append(encode_both(args, encoder, source))
+        names = source.imgs if source.streamed else map(str, range(len(source)))
+        paths += [name for name in names if name not in (source.skipped or ())]
+        splits += [split] * len(parts[-1][1])
+    tokens, labels = (torch.cat(part).cpu() for part in zip(*parts))
+    both, path = dict(zip(POOLS, tokens.chunk(2, 1))), Path(args.output_dir) / "features.npz"
+    if data.rank() == 0:
+        with data.writing(path):
+            np.savez(path, **both, labels=labels, classes=train_set.classes, paths=paths, split=splits)
+        features_picture(both, labels, train_set.classes, path.with_suffix(".png"))
+        data.say(f"see {path} and features.png")
+    return {"images": len(labels)}
+
+
+# ---- a classifier in use ----
+
+def judge_head(args, train_set, val_set, model):
+    """The file's own classifier. -> the entries of result.json; confusion.png"""
+    names = model.classes or val_set.classes                    # official files name none: theirs are sorted
+    if other := sorted(set(val_set.classes) - set(names)):
+        data.stop(f"{args.init} was not trained to tell {other[0]}: give --data with its classes")
+    model.eval()
+    logits, labels = data.encode(args, model, val_set)
+    labels = torch.tensor([names.index(name) for name in val_set.classes], device=labels.device)[labels]
+    K = logits.shape[1]
+    if len(names) != K:
+        data.stop(f"{args.init} tells {K} classes apart, {args.data} has {len(names)}")
+    counts = (labels * K + logits.argmax(1)).bincount(minlength=K * K).view(K, K).cpu()     # (true, said)
+    share = counts / counts.sum(1, keepdim=True)                # nan: a class without images
+    of_class = {name: right * 100 for name, right in zip(names, share.diag().tolist()) if right == right}
+    hardest = sorted(of_class, key=of_class.get)[:10]
+    data.say(f"hardest classes: {', '.join(f'{name} {of_class[name]:.1f}' for name in hardest)}")
+    confusion_picture(share, names, Path(args.output_dir) / "pictures" / "confusion.png")
+    return {"accuracy": counts.diag().sum().item() / counts.sum().item() * 100,
+            "val_loss": F.cross_entropy(logits, labels).item(), "classes": of_class}
+
+
+def predict(args, model, source):
+    """Print the class of each picture and its probability."""
+    model.eval()
+    logits, _ = data.encode(args, model, source)
+    for path, p in zip((path for path in source.imgs if path not in source.skipped), logits.softmax(1)):
+        k = int(p.argmax())
+        found = {"file": path, "class": model.classes[k] if model.classes else k,
+                 "probability": round(p[k].item(), 4)}
+        data.say(json.dumps(found) if args.json else "  ".join(map(str, found.values())))
 
 
 # ---- pictures ----
@@ -866,6 +933,36 @@ def pictures(args, model, val_set):
                        "cosine similarity of each position embedding with all others")
 
 
+def features_picture(both, labels, classes, path):
+    """Features {name: (n, D)} on the plane in which they vary most, coloured by class"""
+    figure = data.Figure(figsize=(12, 5), layout="constrained")
+    for axes, (name, x) in zip(figure.subplots(1, 2), both.items()):
+        x = x.double() - x.double().mean(0)
+        energy, directions = torch.linalg.eigh(x.T @ x)         # the largest last
+        x, share = x @ directions[:, -2:], (energy[-2:].sum() / energy.sum()).item()
+        for k, label in enumerate(classes):
+            axes.scatter(*x[labels == k].T, s=4, label=label or None)
+        axes.set(title=f"{name}: two principal components, {share:.0%} of the variance", xticks=[], yticks=[])
+    if 1 < len(classes) <= 20:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right", markerscale=3)
+    data.save_atomically(figure, path)
+
+
+def confusion_picture(share, classes, path):
+    """How often each class is taken for each other (K, K), rows: the true ones"""
+    if data.rank():
+        return
+    figure = data.Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(share.numpy(), vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(shown, label="share of the true class")
+    if len(classes) <= 40:
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(classes)), classes, fontsize=7)
+    axes.set(xlabel="said", ylabel="true")
+    data.save_atomically(figure, path)
+
+
 @torch.no_grad()
 def probe_pictures(args, encoder, probes, val_set):
     """attention.png: where the attentive probe that learned best looks, and where the class token does."""
@@ -881,8 +978,11 @@ def probe_pictures(args, encoder, probes, val_set):
 
 # ---- the script ----
 
-def build(args, num_classes, pool):
-    """The ViT to train or judge: from --init FILE, or new. -> model, (mean, std) of its pixels or None"""
+def build(args, num_classes, pool, classes=()):
+    """The ViT to train or judge: from --init FILE, or new. -> model, (mean, std) of its pixels or None
+
+    classes: names of the data set's. A file's head is taken by eval and predict, and by finetune if it is for
+    these classes. `model.classes` are the names in the file, if it has some."""
     if args.model == "cnn":
         for name in sorted(args.typed & {"pool", "pos", "rel_pos", "layer_scale", "stem", "drop_path"}):
             data.say(f"--{name} is not used: --model cnn")
@@ -892,7 +992,14 @@ def build(args, num_classes, pool):
         options |= SIZES[args.model] | dict(pos=args.pos, rel_pos=args.rel_pos,
                                             layer_scale=args.layer_scale, stem=args.stem)
         return ViT(**options, patch_size=args.patch_size, drop_path=getattr(args, "drop_path", 0.0)), None
-    state, config, mean, std = read_encoder(args.init, args.num_heads, finetune=args.mode == "finetune")
+    content, ready = data.load_file(args.init), args.mode in ("eval", "predict")
+    state, config, mean, std = read_encoder(args.init, args.num_heads, content, args.mode == "finetune")
+    head, names = state.get("head.weight"), content.get("classes", [])
+    if ready and head is None:
+        data.stop(f"{args.init} has no classifier to {args.mode}: --mode finetune gives it one")
+    if head is not None and names:
+        data.expect(args.init, {"classes": names}, {"classes": [""] * len(head)})
+    options["num_classes"] = len(head) if ready else num_classes
     if args.half_stats:
         mean, std = (0.5,) * 3, (0.5,) * 3
     size = next((name for name, size in SIZES.items() if size.items() <= config.items()), "file")
@@ -910,10 +1017,22 @@ def build(args, num_classes, pool):
         options["pool"] = config.get("pool", "cls")
     model = ViT(**config | options | dict(drop_path=getattr(args, "drop_path", 0.0)))
     load_weights(model, state, args.init)
-    if args.mode == "finetune":
+    model.classes = names if head is not None else []
+    if args.mode == "finetune" and model.classes and model.classes == classes:
+        data.say(f"going on with the classifier of {args.init}: it is for the same classes")
+    elif args.mode == "finetune":
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
         nn.init.zeros_(model.head.bias)
     return model, (mean, std)
+
+
+def of_file(path, num_heads=0):
+    """What the encoder at `path` decides where it is not typed -> {flag: value}"""
+    content = data.load_file(path)
+    _, config, _, _ = read_encoder(path, num_heads, content)
+    told = {name: config[name] for name in ("img_size", "patch_size")}
+    told |= {"model": name for name, size in SIZES.items() if size.items() <= config.items()}
+    return told | ({"data": content["data"]} if isinstance(content.get("data"), str) else {})
 
 
 def label_subset(source, fraction):
@@ -931,7 +1050,8 @@ def main():
     kept = data.resumed_flags(early, early.output_dir)
     mode, init = early.mode or kept.get("mode", "train"), early.init or kept.get("init", "")
     folder = f"{Path(init).parent / Path(init).stem}-{mode}" if init else f"out/vit-{mode}"
-    args = data.parse_args(__doc__, *RECIPES[mode], words=words, folder=folder)
+    told = of_file(init, early.num_heads or kept.get("num_heads", 0)) if init else {}
+    args = data.parse_args(__doc__, *RECIPES[mode], words=words, folder=folder, told=told)
     if args.export:
         export(init or data.stop("--export needs the encoder to write: give --init FILE"), args.export,
                args.num_heads)
@@ -944,20 +1064,29 @@ def main():
         for flag in (word.split("=")[0] for word in words):
             if flag[2:] in {*LINEAR, "lr", "min_lr"} - {"optimizer", "layers"}:
                 data.stop(f"{flag} is for probes that are trained step by step: add --optimizer sgd")
+    if mode in ("eval", "predict") and not init:
+        data.stop(f"--mode {mode} needs a classifier: give --init FILE, of --mode train or finetune")
+    if mode == "predict":
+        data.choose_device(args)
+        source = data.pictures_at(args.images)
+        model, (source.mean, source.std) = build(args, 0, "cls")
+        predict(args, model.to(args.device), source)
+        return
     data.setup(args)
     train_set, val_set = data.load_sets(args)
-    if len(train_set.classes) < 2:
+    if len(train_set.classes) < 2 and mode != "features":
         data.stop(f"--mode {mode} needs labels: sort the images of {args.data} into two or more folders")
     if args.label_fraction < 1:
         train_set = label_subset(train_set, args.label_fraction)
     model, stats = build(args, len(train_set.classes) if mode in ("train", "finetune") else 0,
-                         args.pool if mode in ("train", "finetune") else "cls")
+                         args.pool if mode in ("train", "finetune") else "cls", train_set.classes)
     if stats:                                                   # the pixels as the encoder knows them
         for source in (train_set, val_set):
             source.mean, source.std = stats
     model.to(args.device)
-    judge = {"train": supervised, "finetune": supervised, "linear": probe, "attentive": probe,
-             "knn": knn}[mode] if getattr(args, "optimizer", "") != "lbfgs" else logistic
+    kinds = {"train": supervised, "finetune": supervised, "linear": probe, "attentive": probe, "knn": knn,
+             "eval": judge_head, "features": features}
+    judge = logistic if getattr(args, "optimizer", "") == "lbfgs" else kinds[mode]
     result = {"mode": mode, "data": args.data, "init": init or "random", "seed": args.seed,
               "label_fraction": args.label_fraction} | judge(args, train_set, val_set, model)
     if data.rank() == 0:

@@ -40,6 +40,7 @@ ELSEWHERE = {  # flags that no case here types, and why
     "init": "test_runs.py: every method starts from a file", "resume": "test_runs.py: kills and resumes",
     "compile": "test_runs.py: captures the graph of every method",
     "stage": "every test of beit_v2.py types it", "mode": "every test of vit.py types it",
+    "paint": "test_use.py", "images": "test_use.py", "json": "test_use.py",
     "export": "test_layouts.py: what is written", "num_heads": "test_layouts.py: for official files alone"}
 PROBED = {"weight_decay", "clip_grad", "eval_every"}            # a probe has no use for these
 

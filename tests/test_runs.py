@@ -670,7 +670,7 @@ def test_weights_that_are_not_finite_are_not_saved(capsys):
     ("--accum_steps 3", "use 18 or 21"),
     ("--max_steps -1", "argument --max_steps: -1 must lie in [0, 1e9] (see --help)"),
     ("--seed -1", "argument --seed: -1 must lie in [0, 4294967295] (see --help)"),
-    ("--batch_size 300", "--batch_size 300 is larger than the 208 training images: use 128 or less"),
+    ("--batch_size 300 --accum_steps 300", "208 training images are too few for 300 parts of a batch"),
     ("--batchsize 20", "unrecognized arguments: --batchsize 20"),
     ("--batch_size many", "argument --batch_size: invalid int value: 'many'"),
     ("--sampling rows", "argument --sampling: invalid choice: 'rows'"),
