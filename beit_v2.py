@@ -20,13 +20,13 @@ of it is a gradient step on that term, which --codes gradient takes. The commitm
 Shapes: B images, N patches (no cls), M hidden ones of each, C width, E of a code, K codes, T width of the
 teacher.
 
-The teacher is an encoder.pt of ours (iBOT's by default, MAE's, a supervised one), or an official file that
+The teacher is an encoder.pt of ours (MAE's by default, iBOT's, a supervised one), or an official file that
 vit.py reads (DINO, timm), or OpenAI's CLIP.
 
-    python beit_v2.py --data shapes                         # CPU, both stages, after ibot.py --data shapes
-    python beit_v2.py --model micro --teacher out/mae-cifar10/encoder.pt    # CIFAR-10, CPU: k-NN 28 -> 43%
-    python beit_v2.py                                       # CIFAR-10, one GPU, after ibot.py: not run yet
-    torchrun --nproc_per_node=8 beit_v2.py --data imagenet  # 300 epochs, after ibot.py: not run yet
+    python beit_v2.py --data shapes                         # CPU, both stages, after mae.py --data shapes
+    python beit_v2.py --model micro                         # CIFAR-10, CPU, after mae.py: k-NN 28 -> 43%
+    python beit_v2.py                                       # CIFAR-10, one GPU, after mae.py: not run yet
+    torchrun --nproc_per_node=8 beit_v2.py --data imagenet  # 300 epochs, after mae.py: not run yet
 
 Deviations: k-means on vectors of all ranks, on one rank, then broadcast; codes that no vector chose for a
 while restart at random vectors (--restart, off on ImageNet); the branch starts like the other blocks; masks,
@@ -52,7 +52,7 @@ SHARED = {
     "tokenizer":     ("", "of stage 1, or dvae.py's (out/beit_v2-tokenizer-<data>/tokenizer.pt by default)"),
 }
 TOKENIZER = {
-    "teacher":       ("", "encoder whose features are rebuilt (out/ibot-<data>/encoder.pt if not given)"),
+    "teacher":       ("", "encoder whose features are rebuilt (out/mae-<data>/encoder.pt if not given)"),
     "num_codes":     ({"micro": 512, "tiny": 1024, "base": 8192}, "codes in the vocabulary", "[2, 1e9]"),
     "code_dim":      ((16, 16, 16, 32), "width of a code", "[1, 4096]"),
     "decoder_depth": ((1, 1, 1, 3), "blocks of the tokenizer's decoder", "[1, 100]"),
@@ -341,9 +341,9 @@ def train_tokenizer(args):
     """Stage 1: VQ-KD."""
     device = data.setup(args)
     train_set, val_set = data.load_sets(args)
-    path = args.teacher or f"out/ibot-{Path(args.data).name}/encoder.pt"
+    path = args.teacher or f"out/mae-{Path(args.data).name}/encoder.pt"
     if not Path(path).exists():
-        data.stop(f"there is no teacher {path}: train one with python ibot.py --data {args.data}, or name an "
+        data.stop(f"there is no teacher {path}: train one with python mae.py --data {args.data}, or name an "
                   f"encoder with --teacher FILE")
     teacher = Teacher(path, args.grid).to(device)
     for source in (train_set, val_set):

@@ -435,7 +435,7 @@ def test_picture_of_the_predicted_codes(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", (
-    ("--stage tokenizer", "there is no teacher out/ibot-shapes/encoder.pt: train one with python ibot.py"),
+    ("--stage tokenizer", "there is no teacher out/mae-shapes/encoder.pt: train one with python mae.py"),
     ("--stage tokenizer --teacher other.pt", "other.pt is no encoder"),
     ("--stage tokenizer --teacher relative.pt", "has 4 x 4 patches and relative positions"),
     ("--stage pretrain", "there is no file out/beit_v2-tokenizer-shapes/tokenizer.pt"),

@@ -27,7 +27,7 @@ COMMANDS = {
     "cae": f"{CAE} --momentum 0.9", "vqkd": f"{VQKD} --restart 2", "beit_v2": f"{BEIT2} --color_jitter 0.4",
     "ibot": f"{IBOT} --blur --clip_grad 0.1", "ibot rand": f"{IBOT} --pred_shape rand --koleo 0.1",
     "train": f"{TRAIN} --rand_augment 9 --erase 0.5 --cutmix 1", "linear": f"{LINEAR} --layers all",
-    "finetune": f"{TRAIN} --mode finetune --init out/ibot-shapes/encoder.pt --accum_steps 2",
+    "finetune": f"{TRAIN} --mode finetune --init out/mae-shapes/encoder.pt --accum_steps 2",
     "attentive": f"{LINEAR} --mode attentive"}
 
 

@@ -49,7 +49,7 @@ COMMANDS = {
     "vqkd": f"{VQKD} {ADAM} --num_codes {CODES} --code_dim {CODE_DIM} --decay 0.8 --restart 3",
     "beit_v2": f"{BEIT2} {ADAM} {PATCHES} --early_layer 2 --beta2 0.97",
     "train": f"{TRAIN} {ADAM} {LABELS} --ema 0.9 --layer_decay 1",
-    "finetune": (f"{TRAIN} {ADAM} {LABELS} --mode finetune --init out/ibot-shapes/encoder.pt --ema 0 "
+    "finetune": (f"{TRAIN} {ADAM} {LABELS} --mode finetune --init out/mae-shapes/encoder.pt --ema 0 "
                  "--layer_decay 0.5"),
     "linear": f"{LINEAR} {COMMON} {BLRS} --blr 0.5 --min_lr 0 --optimizer sgd",
 }
@@ -171,7 +171,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     models = {"dvae-shapes/tokenizer.pt": ("dvae", dvae.DVAE(grid=GRID, stride=2, n_hid=8, vocab=16)),
-              "ibot-shapes/encoder.pt": ("ibot", vit.ViT(8, 2, **SIZE)),
+              "mae-shapes/encoder.pt": ("mae", vit.ViT(8, 2, **SIZE)),
               "beit_v2-tokenizer-shapes/tokenizer.pt": ("beit_v2", beit_v2.VQKD(
                   vit.ViT(8, 2, **SIZE), 16, 4, 1, 16))}
     for path, (method, model) in models.items():
@@ -435,7 +435,7 @@ def test_targets_are_the_codes_of_the_same_crop(name, runs):
 
 def test_targets_of_vq_kd_are_the_teacher_s_patches(runs):
     """The teacher reads the same pixels, normalised as its file says; the tokenizer reads -1 to 1."""
-    file = read(runs("vqkd").folder.parent / "out/ibot-shapes/encoder.pt")
+    file = read(runs("vqkd").folder.parent / "out/mae-shapes/encoder.pt")
     teacher = vit.ViT(**file["config"]).eval()
     teacher.load_state_dict(file["model"])
     mean, std = (torch.tensor(file[name])[:, None, None] for name in ("mean", "std"))

@@ -25,7 +25,7 @@ COMMANDS = {  # in this order: each finds what it needs below out/
     "ibot": "ibot.py --local_size 8 --head_hidden 32 --out_dim 64 --patch_out_dim 64 --gray 0.2 "
             "--global_scale 0.3 1 --local_scale 0.05 0.3 --weight_decay_end 0.4 --koleo 0 --shared_head "
             "--blr 1e-3",
-    "vqkd": "beit_v2.py --stage tokenizer --num_codes 32 --restart 5 "
+    "vqkd": "beit_v2.py --stage tokenizer --teacher out/ibot-shapes/encoder.pt --num_codes 32 --restart 5 "
             "--output_dir out/beit_v2-tokenizer-shapes",
     "beit_v2": "beit_v2.py --stage pretrain --num_masked 6 --min_block 2 --early_layer 1 "
                "--output_dir out/beit_v2-shapes",

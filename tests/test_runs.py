@@ -237,7 +237,7 @@ def inputs(tmp_path_factory):
     codes, backbone = dvae.DVAE(grid=2, stride=2, n_hid=8, vocab=16), vit.ViT(8, 4, **size)
     words = beit_v2.VQKD(vit.ViT(8, 4, **size), 16, 4, 1, 32)
     for path, model, method in (("dvae-shapes/tokenizer.pt", codes, "dvae"),
-                                ("ibot-shapes/encoder.pt", backbone, "ibot"),
+                                ("mae-shapes/encoder.pt", backbone, "mae"),
                                 ("beit_v2-tokenizer-shapes/tokenizer.pt", words, "beit_v2")):
         path = folder / "out" / path
         path.parent.mkdir(parents=True)
@@ -604,7 +604,7 @@ def test_two_processes_keep_one_student_one_teacher_and_the_same_centres(tmp_pat
 
 def test_beit_v2_runs_both_stages_in_one_command(tmp_path):
     """Flags of either stage may be typed; the second reads the first's tokenizer; a second start goes on."""
-    command = (f"beit_v2.py {TINY} --teacher out/ibot-shapes/encoder.pt --num_codes 16 --code_dim 4 "
+    command = (f"beit_v2.py {TINY} --teacher out/mae-shapes/encoder.pt --num_codes 16 --code_dim 4 "
                f"--num_masked 2 --min_block 1 --early_layer 1 --max_steps")
     shutil.rmtree("out/beit_v2-tokenizer-shapes")
     statuses, done = forked((f"{command} 2", ()), (f"{command} 3", ()), ranks=2)
@@ -1086,7 +1086,7 @@ def test_old_encoders_and_tokenizers_load():
         torch.save({"model": content["model"], "config": content["config"], "method": method,
                     "data": "shapes"}, path)
     for name, command in (("beit", BEIT), ("beit_v2", BEIT2),
-                          ("linear", f"{LINEAR} --init out/ibot-shapes/encoder.pt")):
+                          ("linear", f"{LINEAR} --init out/mae-shapes/encoder.pt")):
         run(f"{command} --max_steps 1 --output_dir {name}")
         assert list(losses(name)) == [1]
 
