@@ -177,35 +177,6 @@ def test_the_encoder_never_sees_hidden_pixels_and_the_decoder_no_visible_latents
     assert read[0].shape == (4, 32, 32) and torch.equal(read[0], latent + model.pos_embed[0][hidden])
 
 
-def test_positions_touch_queries_and_keys_only():
-    """With keys and queries that say nothing, positions change nothing: the values have none."""
-    block = cae.RegressorBlock(32, 4)
-    x, pos, visible, pos_visible = (torch.randn(2, n, 32) for n in (5, 5, 7, 7))
-    with_positions = block(x, pos, visible, pos_visible)
-    assert not torch.allclose(with_positions, block(x, 0 * pos, visible, 0 * pos_visible), atol=1e-4)
-    torch.nn.init.zeros_(block.cross_attn.k.weight)
-    assert torch.allclose(block(x, pos, visible, pos_visible), block(x, 0 * pos, visible, 0 * pos_visible))
-
-
-def test_regressor_block_against_loops():
-    """Every hidden patch attends to [visible, hidden]; norm on the residual stream, no class token."""
-    torch.manual_seed(0)
-    block = cae.RegressorBlock(8, 2, layer_scale=0.5)
-    x, pos, visible, pos_visible = (torch.randn(1, n, 8) for n in (3, 3, 4, 4))
-    a, kv, p = block.cross_attn, torch.cat([visible, x], 1)[0], torch.cat([pos_visible, pos], 1)[0]
-    q, k, v = a.q(block.norm1_q(x + pos))[0], a.k(block.norm1_k(kv + p)), a.v(block.norm1_v(kv))
-    rows = []
-    for i in range(3):
-        heads = []
-        for h in (slice(0, 4), slice(4, 8)):
-            weights = torch.stack([q[i, h] @ k[j, h] / 2 for j in range(7)]).softmax(0)
-            heads.append(sum(weights[j] * v[j, h] for j in range(7)))
-        rows.append(x[0, i] + 0.5 * a.proj(torch.cat(heads)))
-    out = block.norm2_cross(torch.stack(rows))
-    out = out + 0.5 * block.mlp_cross(out)
-    assert torch.allclose(block(x, pos, visible, pos_visible)[0], out, atol=1e-5)
-
-
 def test_no_gradient_reaches_the_target():
     """Alignment alone: the encoder learns through the visible patches, not through the hidden ones."""
     model, (imgs, ids, mask) = tiny_cae(), batch()

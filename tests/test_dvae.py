@@ -91,52 +91,6 @@ def test_stride_and_initialisation():
 # ---- the objective ----
 
 
-def test_gumbel_softmax_against_loops():
-    """softmax((logits + noise) / tau) over the codes of every place."""
-    logits, noise = torch.randn(2, 5, 2, 3), torch.randn(2, 5, 2, 3)
-    y = dvae.gumbel_softmax(logits, torch.tensor(0.3), noise=noise)
-    for b in range(2):
-        for i in range(2):
-            for j in range(3):
-                e = [math.exp((logits[b, k, i, j] + noise[b, k, i, j]) / 0.3) for k in range(5)]
-                assert torch.allclose(y[b, :, i, j], torch.tensor(e) / sum(e), atol=1e-6)
-
-
-def test_gumbel_noise_picks_codes_with_their_probabilities():
-    """The argmax of a sample is distributed as softmax(logits), at any temperature (the Gumbel-max trick)."""
-    torch.manual_seed(0)
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    for tau in (1.0, 1 / 16):
-        y = dvae.gumbel_softmax(logits.view(1, 4, 1, 1).expand(20_000, -1, -1, -1), tau)
-        share = y.argmax(1).flatten().bincount(minlength=4) / 20_000
-        assert (share - logits.softmax(0)).abs().max() < 0.015
-        assert torch.allclose(y.sum(1), torch.ones(1))
-    assert y.amax(1).mean() > 0.9, "nearly hard at the last temperature"
-
-
-def test_straight_through():
-    """Forward a one-hot vector, backward the gradient of the relaxed sample."""
-    logits, noise, upstream = (torch.randn(2, 5, 2, 2) for _ in range(3))
-    soft, hard = (logits.clone().requires_grad_() for _ in range(2))
-    relaxed = dvae.gumbel_softmax(soft, 0.5, noise=noise)
-    sample = dvae.gumbel_softmax(hard, 0.5, True, noise)
-    assert torch.allclose(sample, F.one_hot(relaxed.argmax(1), 5).permute(0, 3, 1, 2).float(), atol=1e-6)
-    (relaxed * upstream).sum().backward()
-    (sample * upstream).sum().backward()
-    assert torch.allclose(soft.grad, hard.grad) and hard.grad.abs().max() > 0
-
-
-def test_kl_to_uniform():
-    """0 for equal logits, ln K for certainty, and the definition in between."""
-    assert dvae.kl_to_uniform(torch.full((1, 7, 1, 1), 3.0)).item() == pytest.approx(0, abs=1e-6)
-    certain = torch.tensor([1e4, 0, 0, 0]).view(1, 4, 1, 1)
-    assert dvae.kl_to_uniform(certain).item() == pytest.approx(math.log(4))
-    logits = torch.randn(6)
-    q = logits.softmax(0).tolist()
-    wanted = sum(p * math.log(p * 6) for p in q)
-    assert dvae.kl_to_uniform(logits.view(1, 6, 1, 1)).item() == pytest.approx(wanted, abs=1e-6)
-
-
 def test_likelihoods():
     """The logit-Laplace density integrates to one over t; both likelihoods are their formulas."""
     t = torch.linspace(1e-4, 1 - 1e-4, 200_001, dtype=torch.double)

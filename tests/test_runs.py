@@ -1135,26 +1135,6 @@ def test_images_per_second_do_not_count_evaluations():
     assert [line["images/s"] for line in log_of("run") if "loss" in line][0] > 1000 / 0.4
 
 
-# ---- k-NN ----
-
-def test_knn_vote_against_a_slow_reference():
-    """Every image asks its k most similar ones, one by one, in plain Python."""
-    g = torch.Generator().manual_seed(0)
-    train_x, train_y = torch.randn(60, 5, generator=g), torch.randint(4, (60,), generator=g)
-    x = torch.randn(40, 5, generator=g) * 3
-    guesses = data.knn_vote(train_x, train_y, x, [1, 7, 20, 100], 4)
-    assert list(guesses) == [1, 7, 20], "there are no 100 neighbours"
-    for k in guesses:
-        for i in range(len(x)):
-            cosines = sorted(((float(x[i] @ t / x[i].norm() / t.norm()), int(y))
-                              for t, y in zip(train_x, train_y)), reverse=True)
-            votes = [0.0] * 4
-            for cosine, label in cosines[:k]:
-                votes[label] += math.exp(cosine / 0.07)
-            assert int(guesses[k][i]) == votes.index(max(votes)), (k, i)
-    assert list(data.knn_vote(train_x[:3], train_y[:3], x, [20], 4)) == [3]
-
-
 # ---- all command lines ----
 
 @pytest.mark.parametrize("flags, places", (

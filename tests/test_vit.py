@@ -134,20 +134,6 @@ def test_early_warmup_is_linspace(steps):
 # ---- parts ----
 
 
-def test_attention_against_loops():
-    """softmax(q k^T / sqrt(d) + bias) v, head by head, with q, k and v in the official order inside qkv."""
-    torch.manual_seed(0)
-    attn, x, bias = vit.Attention(12, 3), torch.randn(2, 5, 12), torch.randn(1, 3, 5, 5)
-    qkv = x @ attn.qkv.weight.T + attn.qkv.bias
-    heads = []
-    for h in range(3):
-        q, k, v = (qkv[:, :, part * 12 + h * 4:part * 12 + h * 4 + 4] for part in range(3))
-        weights = (q @ k.transpose(1, 2) / 2 + bias[0, h]).softmax(-1)
-        heads.append(weights @ v)
-    wanted = torch.cat(heads, -1) @ attn.proj.weight.T + attn.proj.bias
-    assert torch.allclose(attn(x, bias), wanted, atol=1e-6)
-
-
 def test_cross_attention_against_loops():
     """Of three sources: softmax(q k^T / sqrt(d)) v, one query and one head after the other."""
     torch.manual_seed(0)
@@ -248,18 +234,6 @@ def test_patch_embedding_is_the_convolution():
     embed, imgs = vit.PatchEmbed(4, 48), torch.randn(2, 3, 32, 32)
     wanted = F.conv2d(imgs, embed.proj.weight, embed.proj.bias, stride=4).flatten(2).transpose(1, 2)
     assert torch.allclose(embed(imgs), wanted, atol=1e-5)
-
-
-def test_sincos_positions_against_loops():
-    """The first half of the width is the column, sines before cosines."""
-    table = vit.sincos_pos_embed(16, 3)[0]
-    for r in range(3):
-        for c in range(3):
-            for half, x in ((0, c), (1, r)):
-                for k in range(4):
-                    w = 10000 ** (-k / 4)
-                    assert math.isclose(table[1 + 3 * r + c, 8 * half + k], math.sin(x * w), abs_tol=1e-6)
-                    assert math.isclose(table[1 + 3 * r + c, 8 * half + 4 + k], math.cos(x * w), abs_tol=1e-6)
 
 
 def test_relative_index_against_loops():
