@@ -1549,11 +1549,16 @@ def test_steps_draw_anew_in_every_step_and_rank(monkeypatch):
 
 
 def test_max_steps_and_large_batches(capsys):
-    """--max_steps ends early, never late; a batch larger than the set ends in one sentence."""
+    """--max_steps ends early, never late; a batch larger than the set is cut to it, with its learning rate, to
+    what the parts divide; fewer images than parts end in one sentence."""
     assert data.Loader(make_args(max_steps=3), numbered(40), [data.View(8)]).total_steps == 3
     assert data.Loader(make_args(max_steps=99), numbered(40), [data.View(8)]).total_steps == 10
-    text = said(capsys, data.Loader, make_args(batch_size=64), numbered(40), [data.View(8)])
-    assert "--batch_size 64" in text and "use 32 or less" in text
+    args = make_args(batch_size=63, accum_steps=3, blr=0.256, lr=0.063)
+    assert data.Loader(args, numbered(40), [data.View(8)]).epoch_steps == 1
+    assert args.batch_size == 39 and args.lr == pytest.approx(0.039)
+    assert "a batch is 39 images, not 63" in capsys.readouterr().out
+    text = said(capsys, data.Loader, make_args(batch_size=64, accum_steps=64), numbered(40), [data.View(8)])
+    assert "40 training images are too few for 64 parts of a batch" in text
 
 
 @pytest.mark.parametrize("n, ranks", [(1203, 1), (1203, 2), (7, 4)])
@@ -1638,7 +1643,8 @@ def test_rows_of_every_recipe_are_sound(script):
                 assert not isinstance(cell, dict) or cell and set(cell) <= set(data.MODELS), name
             cells = cells_of(values)
             types.setdefault(name, set()).update(map(type, cells))
-            assert all(type(v) is float for cell in cells if isinstance(cell, list) for v in cell), name
+            kind = str if name in ("images", "paint") else float
+            assert all(type(v) is kind for cell in cells if isinstance(cell, list) for v in cell), name
             if name not in ("recipe", "img_size", "patch_size"):    # parse_args sets these itself, see below
                 assert all(in_range(cell, *allowed) for cell in cells), name
     assert {name: kinds for name, kinds in types.items() if len(kinds) > 1} == {}
