@@ -225,7 +225,7 @@ def beit_v2():
     d.arrow(img, d.box(1.95, 5.85, "`encoder`", "a ViT"), d.box(3.5, 5.85, "`encode_task_layer`"), z,
             d.box(6.2, 5.85, "`quantizer`", "`codebook`", "ema"), q, d.box(7.4, 4.45, "`decoder`", "a ViT"),
             d.box(5.75, 4.45, "`decode_task_layer`"), rebuilt)
-    d.arrow(img, d.box(0.7, 4.45, "`Teacher`", "e.g. iBOT's", "frozen"), target, stop=True)
+    d.arrow(img, d.box(0.7, 4.45, "`Teacher`", "e.g. MAE's", "frozen"), target, stop=True)
     d.looks(d.box(3.125, 4.45, "1 - cosine", kind="loss"), target, rebuilt)
     d.arrow(z, (5.25, 6.6), d.box(6.2, 6.6, "commitment", kind="loss"), (7.4, 6.6), q, stop=True, color=RED,
             arrowstyle="-")
