@@ -2012,11 +2012,11 @@ def save_rows(path, rows, title=""):
 
 
 def some_images(args, source, n=8, view=None):
-    """The first n images of a data set as a model sees them in evaluation.
+    """The `chosen` n images of a data set as a model sees them in evaluation.
 
     -> (n, 3, s, s), normalised; with a `view` a list of all that it gives"""
     loader = Loader(args, source, [view or View(args.img_size)], train=False)
-    inputs, _ = next(loader.batches([(torch.arange(min(n, len(source))), 0)]))
+    inputs, _ = next(loader.batches([(chosen(source, n), 0)]))
     return inputs if view else inputs[0]
 
 
@@ -2128,9 +2128,8 @@ def knn_vote(train_x, train_y, x, ks, num_classes, temperature=0.07):
 
 
 def sample(source, n):
-    """n images of a set, the same at every call, or all of them"""
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
-    return source.subset(order[:n]) if n < len(source) else source
+    """The `chosen` n images of a set, or the set itself if it has no more"""
+    return source.subset(chosen(source, n)) if n < len(source) else source
 
 
 def monitored(args, train_set, val_set):
@@ -2147,6 +2146,11 @@ def effective_rank(x):
     squares = torch.linalg.eigvalsh(x.T @ x).clamp(min=0)
     share = F.normalize(squares.sqrt(), p=1, dim=0)
     return torch.special.entr(share).sum().exp().item()
+
+def chosen(source, n):
+    """n image numbers of a set, or all, in a random order that is the same in every run and on every rank"""
+    return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:n]
+
 
 
 @torch.no_grad()
@@ -2186,7 +2190,7 @@ def main():
              "RandAugment": View(size, rand_augment=9.0), "erasing": View(size, erase=1.0),
              "local crops": View(size // 2, scale=(0.05, 0.4))}
     imgs, labels = next(Loader(args, sets[0], list(kinds.values()), train=False).batches(
-        [(torch.arange(min(10, len(sets[0]))), 0)]))
+        [(chosen(sets[0], 10), 0)]))
     rows = {name: to_pixels(row, sets[0]) for name, row in zip(kinds, imgs)}
     plain, labels = rows["image"], labels.cpu()
     rows["mixup, cutmix"] = torch.cat([

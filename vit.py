@@ -1037,7 +1037,7 @@ def of_file(path, num_heads=0):
 
 def label_subset(source, fraction):
     """The same share of every class, at least one image of each; the same images for every seed."""
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    order = data.chosen(source, len(source))
     labels = source.labels.cpu()[order]
     chosen = [order[labels == k][:max(1, round(fraction * int((labels == k).sum())))]
               for k in labels.unique()]
