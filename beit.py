@@ -147,11 +147,9 @@ def main():
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **state)
     whole = data.View(args.img_size, tokenizer_size=size)
-    trivial = (data.trivial_tokens(args, tokenizer, val_set, whole) if tokenizer
-               else data.TRIVIAL_PIXELS[args.norm_pix_loss])
+    trivial, levels = data.trivial_loss(args, val_set, tokenizer, whole)
     tokenize = data.compiled(tokenizer.tokens, args) if tokenizer else None
-    data.describe(args, model, loader, trivial)
-    log = data.Log(args, loader, start)
+    log = data.open_log(args, model, loader, start, trivial, **levels)
 
     def evaluate(step):
         torch.manual_seed(0)                                    # the same masks every time

@@ -366,9 +366,9 @@ def train_tokenizer(args):
     samples = data.some_images(args, val_set, 500)
     directions = F.normalize(torch.cat([teacher(part) for part in samples.split(100)]).flatten(0, 1), dim=1)
     one_for_all = 1 - directions.mean(0).norm().item()          # 1 - cosine to the mean direction
-    data.describe(args, model, loader, f"{one_for_all:.3f} for rec (one and the same feature everywhere)")
     features = data.compiled(teacher, args)
-    log = data.Log(args, loader, start)
+    log = data.open_log(args, model, loader, start, f"{one_for_all:.3f} for rec (one feature everywhere)",
+                        rec=one_for_all, cosine=1 - one_for_all)
 
     def evaluate(step):
         result, counts = monitor(args, model, teacher, data.monitored(args, train_set, val_set)[1], whole)
@@ -540,10 +540,10 @@ def pretrain(args):
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **state)
     whole = data.View(args.img_size, tokenizer_size=tokenizer.img_size)
-    trivial = f"for each head {data.trivial_tokens(args, tokenizer, val_set, whole)}"
+    trivial, levels = data.trivial_loss(args, val_set, tokenizer, whole)
     tokenize = data.compiled(tokenizer.tokens, args)
-    data.describe(args, model, loader, trivial)
-    log = data.Log(args, loader, start)
+    levels |= {"ce": levels["loss"], "loss": levels["loss"] * (1 + (args.branch_depth > 0))}
+    log = data.open_log(args, model, loader, start, f"for each head {trivial}", **levels)
 
     def evaluate(step):
         torch.manual_seed(0)                                    # the same masks every time

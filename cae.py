@@ -281,11 +281,11 @@ def main():
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **state)
     whole = data.View(args.img_size, tokenizer_size=size)
-    trivial = (f"prediction {data.trivial_tokens(args, tokenizer, val_set, whole)}" if tokenizer
-               else data.TRIVIAL_PIXELS[args.norm_pix_loss])
+    trivial, levels = data.trivial_loss(args, val_set, tokenizer, whole)
     tokenize = data.compiled(tokenizer.tokens, args) if tokenizer else None
-    data.describe(args, model, loader, f"{trivial}; alignment: R2 0")
-    log = data.Log(args, loader, start)
+    level = levels.pop("loss")                                  # of the prediction alone
+    log = data.open_log(args, model, loader, start, f"prediction {trivial}; alignment: R2 0",
+                        prediction=level, _loss=level, r2=0.0, **levels)
 
     def evaluate(step):
         torch.manual_seed(0)                                    # the same masks every time

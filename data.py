@@ -1501,12 +1501,9 @@ def make_scaler(args):
     return torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
 
 
-TRIVIAL_PIXELS = {True: "1.0 (the mean of every patch)",     # by --norm_pix_loss
-                  False: "the variance of the normalised pixels, about 1"}
-
-
-def describe(args, model, loader, trivial):
-    """Print what the run is about to do. trivial: the loss that a model reaches without learning anything."""
+def open_log(args, model, loader, start, trivial, **levels):
+    """Print what the run is about to do. -> its Log. trivial, levels: what a model reaches without learning
+    anything, in words, and for `curves` by a part of its name."""
     millions, n = sum(p.numel() for p in model.parameters()) / 1e6, len(loader.source)
     early = f"; stops after {loader.total_steps} steps" if loader.total_steps < loader.all_steps else ""
     say(f"{args.method}: recipe {args.recipe} (because of {args.why}), {args.model} on {args.data}, "
@@ -1521,6 +1518,7 @@ def describe(args, model, loader, trivial):
             and not (args.max_steps or args.resume)):
         say(f"without a GPU this takes {time_here(args, args.recipe, n)} here, with --recipe laptop "
             f"{time_here(args, 'laptop', n)} (without evaluations, from a few timed steps)")
+    return Log(args, loader, start, **levels)
 
 
 def time_here(args, recipe, images):
@@ -1551,8 +1549,8 @@ class Log:
     Ctrl-C or SIGTERM end it, too, with its last step saved: at once where that is so already, as in an
     evaluation, else after this step; with several ranks within seconds, when they have asked each other."""
 
-    def __init__(self, args, loader, start=0):
-        self.args, self.loader = args, loader
+    def __init__(self, args, loader, start=0, **levels):
+        self.args, self.loader, self.levels = args, loader, levels
         self.path = Path(args.output_dir) / "log.jsonl"
         self.sums, self.parts, self.count = {}, 0, 0
         self.signal, self.stopping, self.saved = 0, False, True     # saved: nothing is lost if it ends here
@@ -1687,7 +1685,7 @@ class Log:
     def leave(self):
         """After a signal: say what there is, and end with its exit status."""
         if rank() == 0 and self.path.exists():
-            curves(self.path)
+            curves(self)
         last = self.path.with_name("last.pt")
         say(f"\nstopped and saved: --resume continues {self.args.output_dir}" if last.exists() else
             "\nstopped before there was anything to save")
@@ -1700,24 +1698,34 @@ class Log:
     def finish(self):
         """Draw the curves and say where everything is."""
         if rank() == 0:
-            curves(self.path)
+            curves(self)
         seconds = int(self.before + time.perf_counter() - self.began)
         say(f"finished in {timedelta(seconds=seconds)}: see {self.args.output_dir}/ for "
             f"{', '.join(sorted(p.name for p in self.path.parent.iterdir()))}")
 
 
-def curves(path):
-    """Draw every number of log.jsonl over the epochs, into curves.png beside it."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    names = sorted({name for line in lines for name in line} - {"step", "epoch", "seconds"})
+def curves(log):
+    """Draw every number of log.jsonl over the epochs into curves.png beside it, the loss and k-NN first, with
+    lines at its value before training and at that of guessing."""
+    lines, y = [json.loads(line) for line in log.path.read_text().splitlines()], log.loader.source.labels
+    levels = dict.fromkeys(("knn", "accuracy"), 100 * y.bincount().max().item() / len(y)) | log.levels
+    names = sorted({name for line in lines for name in line} - {"step", "epoch", "seconds"},
+                   key=lambda name: (name == "images/s", name != "loss", "knn" not in name, name))
     figure = Figure(figsize=(4.2 * min(3, len(names)), 2.8 * math.ceil(len(names) / 3)), layout="constrained")
     for i, name in enumerate(names):
         points = [(line["epoch"], line[name]) for line in lines if name in line]
         axes = figure.add_subplot(math.ceil(len(names) / 3), min(3, len(names)), i + 1)
         axes.plot(*zip(*points), marker="." if len(points) < 30 else None)
+        marks = {"trivial level" if word in log.levels else "chance": level
+                 for word, level in levels.items() if word in name}
+        marks |= {"before training": line[name] for line in lines if name in line and not line["step"]}
+        for label, level in marks.items():
+            axes.axhline(level, color=f"C{1 + ('before' in label)}", ls="--", label=f"{label} {level:.4g}")
         axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3)
-    save_atomically(figure, path.with_name("curves.png"))
+        if marks:
+            axes.legend(fontsize=7)
+    save_atomically(figure, log.path.with_name("curves.png"))
 
 
 # ---- checkpoints ----
@@ -2042,9 +2050,15 @@ def histogram(ids, vocab):
 
 
 @torch.no_grad()
-def trivial_tokens(args, tokenizer, source, view):
-    """In words, the cross-entropy of a model that predicts codes without looking at the image"""
-    pixels = some_images(args, source, 1000, view)[1]                                       # (n, 3, s, s)
+def trivial_loss(args, source, tokenizer=None, view=None):
+    """The loss of a model that predicts codes, or pixels if there is no tokenizer, without looking at the
+    image. -> in words, and the levels of `open_log`"""
+    if not tokenizer and args.norm_pix_loss:
+        return "1.0 (the mean of every patch)", {"loss": 1.0, "accuracy": 0.0}
+    pixels = some_images(args, source, 1000, view or View(args.img_size))[-1]               # (n, 3, s, s)
+    if not tokenizer:
+        level = pixels.var((0, 2, 3)).mean().item()
+        return f"{level:.3f} (one colour)", {"loss": level, "accuracy": 0.0}
     assert 0 <= pixels.min() and pixels.max() <= 1, (
         f"pixels from {pixels.min():.2f} to {pixels.max():.2f}: a tokenizer reads [0, 1], not normalised")
     ids = torch.cat([tokenizer.tokens(part) for part in pixels.split(100)])

@@ -396,8 +396,8 @@ def main():
     state = dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **state)
     (samples,) = data.some_images(args, val_set, 1000, whole)
-    data.describe(args, model, loader, f"{trivial_level(samples, args.recon):.3f} (one colour, no KL)")
-    log = data.Log(args, loader, start)
+    level = trivial_level(samples, args.recon)
+    log = data.open_log(args, model, loader, start, f"{level:.3f} (one colour, no KL)", loss=level, nll=level)
 
     def evaluate(step):
         tau = half_cosine(step / loader.all_steps / args.tau_anneal, 1.0, args.tau)

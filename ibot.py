@@ -362,9 +362,10 @@ def main():
     scaler = data.make_scaler(args)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **state)
-    data.describe(args, model, loader, f"ln {args.out_dim} = {math.log(args.out_dim):.3f} for the class "
-                                       f"token, ln {args.patch_out_dim} for patches (a uniform teacher)")
-    log = data.Log(args, loader, start)
+    share = sum(ratio > 0 for ratio in args.pred_ratio) / len(args.pred_ratio)  # of crops with hidden patches
+    cls, patch = math.log(args.out_dim), share * math.log(args.patch_out_dim)
+    log = data.open_log(args, model, loader, start, f"cls ln {args.out_dim} = {cls:.3f}, patch {share:g} ln "
+                        f"{args.patch_out_dim} = {patch:.3f} (a uniform teacher)", cls=cls, patch=patch)
 
     def evaluate(step):
         pictures(model, data.some_images(args, val_set, 500), val_set, log.picture(step))

@@ -215,8 +215,8 @@ def main():
     scaler = data.make_scaler(args)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **state)
-    data.describe(args, model, loader, data.TRIVIAL_PIXELS[args.norm_pix_loss])
-    log = data.Log(args, loader, start)
+    trivial, levels = data.trivial_loss(args, val_set)
+    log = data.open_log(args, model, loader, start, trivial, **levels)
 
     def evaluate(step):
         torch.manual_seed(0)                                    # the same masks every time

@@ -550,9 +550,9 @@ def supervised(args, train_set, val_set, model):
                                   betas=(0.9, args.beta2), fused="mps" not in args.device)
     scaler = data.make_scaler(args)
     state = dict(model=model, optimizer=optimizer, scaler=scaler, ema=ema)
-    start, classes = data.load_checkpoint(args, **state), len(train_set.classes)
-    data.describe(args, model, loader, f"ln {classes} = {math.log(classes):.3f}")
-    log, result = data.Log(args, loader, start), {}
+    start, result = data.load_checkpoint(args, **state), {}
+    classes, trivial = len(train_set.classes), math.log(len(train_set.classes))
+    log = data.open_log(args, model, loader, start, f"ln {classes} = {trivial:.3f}", loss=trivial)
 
     def judge(step):
         result.update(evaluate(args, ema, val_set))
@@ -698,9 +698,8 @@ def probe(args, train_set, val_set, encoder):
     model.to(args.device)
     net = data.wrap(model, args)
     state = dict(model=model, optimizer=optimizer)
-    start = data.load_checkpoint(args, **state)
-    data.describe(args, model, loader, f"ln {classes} = {math.log(classes):.3f}")
-    log = data.Log(args, loader, start)
+    start, trivial = data.load_checkpoint(args, **state), math.log(classes)
+    log = data.open_log(args, model, loader, start, f"ln {classes} = {trivial:.3f}", loss=trivial)
 
     for step, parts in loader.steps(start, net):
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # set in every step
@@ -720,7 +719,7 @@ def probe(args, train_set, val_set, encoder):
     result = judge_probes(args, encoder, model, val_set)
     if args.mode == "attentive":
         probe_pictures(args, encoder, model, val_set)
-    log.write(loader.total_steps, **{name: v for name, v in result.items() if isinstance(v, float)})
+    log.write(loader.total_steps, **{k: v for k, v in result.items() if k.isalpha() and k != "all"})
     log.finish()
     return result
 

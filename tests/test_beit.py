@@ -219,11 +219,12 @@ def test_trivial_level_of_tokens():
     assert data.code_entropy(counts) == pytest.approx(entropy) and len(shares) > 1
     args = SimpleNamespace(**LINEAR, img_size=32, batch_size=50, epochs=1, max_steps=0)
     source = data.Images(imgs, torch.zeros(120, dtype=torch.long), ["a"], (0.5,) * 3, (0.5,) * 3)
-    said = data.trivial_tokens(args, tokenizer, source, data.View(32, tokenizer_size=32))
+    said, levels = data.trivial_loss(args, source, tokenizer, data.View(32, tokenizer_size=32))
     assert f"ln 16 = {math.log(16):.3f};" in said
     assert f"occurs {entropy:.3f}, accuracy of the commonest {max(shares):.3f}" in said
+    assert levels == pytest.approx({"loss": entropy, "accuracy": max(shares)})
     with pytest.raises(AssertionError, match="not normalised"):
-        data.trivial_tokens(args, tokenizer, source, data.View(32, count=2))
+        data.trivial_loss(args, source, tokenizer, data.View(32, count=2))
 
 
 # ---- training ----

@@ -67,7 +67,7 @@ def shrink(patch):
     patch.setattr(data, "save_rows", lambda *args: None)
     patch.setattr(data, "save_usage", lambda *args: None)
     patch.setattr(data, "save_plot", lambda *args, **settings: None)
-    patch.setattr(data, "curves", lambda path: None)
+    patch.setattr(data, "curves", lambda log: None)
 
 
 def main_of(command, patch):
@@ -1100,7 +1100,8 @@ def test_log_averages_and_draws(capsys):
     Path("run").mkdir()
     args = SimpleNamespace(output_dir="run", device="cpu", resume=False, log_every=2, epochs=2, batch_size=8,
                            eval_every=1, save_every=1)
-    loader = SimpleNamespace(epoch_steps=5, total_steps=10, skipped=set())
+    source = SimpleNamespace(labels=torch.arange(4))
+    loader = SimpleNamespace(epoch_steps=5, total_steps=10, skipped=set(), source=source)
     with guarded():
         log = data.Log(args, loader)
         for step in range(10):
@@ -1171,8 +1172,8 @@ def test_every_script_end_to_end(tmp_path):
             path, lambda: save_usage(path, *rest), path.parents[1], path.stem))
         patch.setattr(data, "save_plot", lambda path, *rest, **settings: once(
             path, lambda: save_plot(path, *rest, **settings), path.stem))
-        patch.setattr(data, "curves", lambda path: once(
-            path.with_name("curves.png"), lambda: curves(path), "curves"))
+        patch.setattr(data, "curves", lambda log: once(
+            log.path.with_name("curves.png"), lambda: curves(log), "curves"))
     short = "--max_steps 2 --label_fraction 0.1"
     more = {"dvae": {"codebook.png", "spectrum.png"}, "ibot": {"vocabulary.png"},
             "vqkd": {"words.png", "usage.png"}}
