@@ -320,11 +320,12 @@ def tokenizer_pictures(model, teacher, imgs, counts, path):
     usage.png: how often each code occurs."""
     model.eval()
     ids = torch.cat([model.quantizer.nearest(model.vectors(part))[1] for part in imgs.split(100)])  # (n, N)
-    near = F.cosine_similarity(model.rebuild(model.quantizer.codebook[ids[:8]]), teacher(imgs[:8]), dim=-1)
+    target, pixels = teacher(imgs[:8]), (imgs + 1) / 2                                      # (8, N, T), ...
+    near, alike = (F.cosine_similarity(x, target, dim=-1).unflatten(1, (model.grid, model.grid)) for x in (
+        model.rebuild(model.quantizer.codebook[ids[:8]]), F.normalize(target, dim=-1).mean((0, 1))))
     model.train()
-    pixels = (imgs + 1) / 2
-    data.save_rows(path, {"image": pixels[:8], "cosine to\nthe teacher": near.unflatten(
-        1, (model.grid, model.grid))}, f"features rebuilt from codes: mean cosine {near.mean():.3f}")
+    data.save_rows(path, {"image": pixels[:8], "rebuilt\nfrom codes": near, "one feature\nfor all": alike},
+                   f"cosine to the teacher: rebuilt {near.mean():.3f}, for all {alike.mean():.3f}", (-1, 1))
     p, rows = model.encoder.config["patch_size"], {}
     for k in counts.argsort(descending=True)[:10].tolist():
         members = (ids.flatten() == k).nonzero()[:, 0]
@@ -333,7 +334,7 @@ def tokenizer_pictures(model, teacher, imgs, counts, path):
             rows[f"code {k},\n{counts[k] / counts.sum():.1%} of all"] = data.patches_around(
                 pixels, p, picked.tolist())
     data.save_rows(path.with_name("words.png"), rows,
-                   "patches (the middle third) of the commonest codes")
+                   f"patches (the middle third) of the {len(rows)} commonest of {model.vocab} codes")
     data.save_usage(path.with_name("usage.png"), counts)
 
 
@@ -510,11 +511,12 @@ def pictures(model, tokenizer, views, mask, source, path):
     codes = getattr(tokenizer, "quantizer", None)               # a dVAE's codes are right or wrong
     near = (F.cosine_similarity(codes.codebook[pred], codes.codebook[ids], dim=-1) if codes
             else (pred == ids).float())
-    near = torch.where(mask, near, 1.0).unflatten(1, (g, g))
+    near = torch.where(mask, near, torch.nan).unflatten(1, (g, g))      # white where it is visible
     data.save_rows(path, {"image": image, "visible": data.hide(image, mask),
                           "predicted and\ntrue code": near},
                    f"{(pred == ids)[mask].float().mean():.1%} of the hidden codes are predicted right; "
-                   f"last row: {'cosine of the vectors of both codes' if codes else 'where it is right'}")
+                   f"last row: {'cosine of the vectors of both codes' if codes else 'where it is right'}",
+                   scale=(-1 if codes else 0, 1))
 
 
 def pretrain(args):

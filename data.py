@@ -2002,19 +2002,25 @@ def hide(imgs, mask, behind=0.5):
     return imgs * (1 - mask) + behind * mask
 
 
-def save_rows(path, rows, title=""):
-    """A picture with a labelled row for each {label: (n, 3, H, W) in [0, 1] or (n, H, W) for a heat map}."""
+def save_rows(path, rows, title="", scale=None):
+    """A picture with a labelled row for each {label: (n, 3, H, W) in [0, 1] or (n, H, W) for a heat map}.
+
+    Heat maps share one scale and its bar, from 0 to what 1% of a row exceed if not given; nan is white."""
     if rank():
         return
-    n = max(len(imgs) for imgs in rows.values())
+    n, maps = max(len(imgs) for imgs in rows.values()), [imgs for imgs in rows.values() if imgs.ndim == 3]
+    low, high = scale or (0, max((imgs.float().quantile(0.99).item() for imgs in maps), default=1))
     figure = Figure(figsize=(1.3 * n + 1.2, 1.34 * len(rows) + (0.3 if title else 0)), layout="constrained")
     for i, (label, imgs) in enumerate(rows.items()):
         for j, img in enumerate(imgs.detach().cpu().float()):
             axes = figure.add_subplot(len(rows), n, i * n + j + 1)
-            axes.imshow((img.permute(1, 2, 0) if img.ndim == 3 else img).numpy(), interpolation="nearest")
+            shown = axes.imshow((img.permute(1, 2, 0) if img.ndim == 3 else img).numpy(), vmin=low, vmax=high,
+                                interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             if j == 0:
                 axes.set_ylabel(label, rotation=0, ha="right", va="center")
+    if maps:                                                    # they come last
+        figure.colorbar(shown, ax=figure.axes[-sum(map(len, maps)):], extend="neither" if scale else "max")
     figure.suptitle(title, fontsize=9)
     save_atomically(figure, path)
 
@@ -2063,8 +2069,9 @@ def trivial_loss(args, source, tokenizer=None, view=None):
         f"pixels from {pixels.min():.2f} to {pixels.max():.2f}: a tokenizer reads [0, 1], not normalised")
     ids = torch.cat([tokenizer.tokens(part) for part in pixels.split(100)])
     counts = ids.flatten().bincount(minlength=tokenizer.vocab)
+    entropy, share = code_entropy(counts), (counts.max() / counts.sum()).item()
     return (f"ln {tokenizer.vocab} = {math.log(tokenizer.vocab):.3f}; knowing how often each code occurs "
-            f"{code_entropy(counts):.3f}, accuracy of the commonest {counts.max() / counts.sum():.3f}")
+            f"{entropy:.3f}, accuracy of the commonest {share:.3f}"), {"loss": entropy, "accuracy": share}
 
 
 def save_usage(path, counts, picture=None, title=""):
@@ -2141,6 +2148,11 @@ def knn_vote(train_x, train_y, x, ks, num_classes, temperature=0.07):
     return {k: torch.cat(parts) for k, parts in guesses.items()}
 
 
+def chosen(source, n):
+    """n image numbers of a set, or all, in a random order that is the same in every run and on every rank"""
+    return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:n]
+
+
 def sample(source, n):
     """The `chosen` n images of a set, or the set itself if it has no more"""
     return source.subset(chosen(source, n)) if n < len(source) else source
@@ -2160,11 +2172,6 @@ def effective_rank(x):
     squares = torch.linalg.eigvalsh(x.T @ x).clamp(min=0)
     share = F.normalize(squares.sqrt(), p=1, dim=0)
     return torch.special.entr(share).sum().exp().item()
-
-def chosen(source, n):
-    """n image numbers of a set, or all, in a random order that is the same in every run and on every rank"""
-    return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:n]
-
 
 
 @torch.no_grad()

@@ -360,15 +360,15 @@ def pictures(model, imgs, counts, path):
         spectra[f"{name}: {energy[len(energy) // 3:].sum():.0%} in the upper two thirds"] = energy
     data.save_plot(path.with_name("spectrum.png"), spectra, yscale="log", xlabel="cycles a side",
                    ylabel="share of the energy")
-    commonest = counts.argsort(descending=True)[:256].to(imgs.device)   # a grid full of one code, its middle
-    middle = slice(max(0, model.grid // 2 - 1) * p, (model.grid // 2 + 1) * p)
+    commonest = counts.argsort(descending=True)[:(counts > 0).sum()][:256].to(imgs.device)
+    middle = slice(max(0, model.grid // 2 - 1) * p, (model.grid // 2 + 1) * p)  # of a grid full of one code
     tiles = torch.cat([model.paint(part[:, None].expand(-1, model.grid ** 2))[:, :, middle, middle]
                        for part in commonest.split(64)]).cpu()                              # (k, 3, ., .)
     model.train()
     tiles = F.pad(tiles, (1, 1, 1, 1, 0, 0, 0, 256 - len(tiles)), value=1.0)                # (256, 3, ., .)
     mosaic = image_of(tiles.flatten(1)[None], tiles.shape[-1])[0].permute(1, 2, 0)
     data.save_usage(path.with_name("codebook.png"), counts, mosaic,
-                    f"left: what the {len(commonest)} commonest codes paint")
+                    f"left: what the {len(commonest)} commonest of {model.vocab} codes paint")
 
 
 def main():

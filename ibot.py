@@ -284,12 +284,12 @@ def official_names(content):
 
 
 @torch.no_grad()
-def pictures(model, imgs, source, path):
+def pictures(model, untrained, imgs, source, path):
     """<step>.png: where the teacher's class token looks, per head; vocabulary.png: patches that share a
     prototype, for the commonest prototypes, each with its surroundings."""
     model.eval()
     encoder = model.teacher.encoder
-    attention_pictures(encoder, imgs[:8], source, path)
+    attention_pictures(encoder, untrained, imgs[:8], source, path)
     logits = torch.cat([model.teacher.head(model.teacher.tokens(part))[1] for part in imgs.split(100)])
     model.train()
     pixels, p = data.to_pixels(imgs, source), encoder.config["patch_size"]
@@ -303,7 +303,7 @@ def pictures(model, imgs, source, path):
         rows[f"prototype {k},\n{len(members)} patches"] = data.patches_around(
             pixels, p, list(best.values())[:12])
     data.save_rows(path.with_name("vocabulary.png"), rows,
-                   "patches (the middle third) of the commonest prototypes")
+                   f"patches (the middle third) of the {len(rows)} commonest of {logits.shape[2]} prototypes")
 
 
 def check_flags(args):
@@ -368,7 +368,9 @@ def main():
                         f"{args.patch_out_dim} = {patch:.3f} (a uniform teacher)", cls=cls, patch=patch)
 
     def evaluate(step):
-        pictures(model, data.some_images(args, val_set, 500), val_set, log.picture(step))
+        torch.manual_seed(args.seed)                            # the weights that it started from
+        untrained = network(0.0).encoder.to(device).eval()
+        pictures(model, untrained, data.some_images(args, val_set, 500), val_set, log.picture(step))
         teacher = data.knn_monitor(args, model, train_set, val_set)
         student = data.knn_monitor(args, model.student.encoder, train_set, val_set, ranked=False)
         used = (model.hits > 0).float().mean().item()           # of the prototypes, since the last evaluation

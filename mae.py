@@ -163,7 +163,7 @@ def init_weights(module):
 
 @torch.no_grad()
 def pictures(model, imgs, source, path):
-    """Rows: image, what the encoder sees, prediction, prediction pasted into the visible part."""
+    """Rows: image, what the encoder sees, prediction of the rest, prediction pasted into the visible part."""
     model.eval()
     loss, pred, mask = model.forward(imgs)                      # .forward: not compiled for this shape
     model.train()
@@ -171,9 +171,10 @@ def pictures(model, imgs, source, path):
     _, mean, std = norm_patches(patchify(imgs, p), model.norm_pix_loss)
     note = "; brightness and contrast of each predicted patch are the true ones" * model.norm_pix_loss
     pred = data.to_pixels(unpatchify(pred * std + mean, p), source)
-    rows = {"image": image, "visible": data.hide(image, mask), "prediction": pred,
+    rows = {"image": image, "visible": data.hide(image, mask),
+            "prediction\n(white: visible)": data.hide(pred, 1 - mask, 1.0),
             "pasted": data.hide(image, mask, pred)}
-    data.save_rows(path, rows, f"loss on the hidden patches {loss.item():.3f}{note}")
+    data.save_rows(path, rows, f"loss on the hidden patches of these images {loss.item():.3f}{note}")
 
 
 def main():

@@ -907,9 +907,10 @@ def attention_distance(model, imgs):
                         for attention in maps]), far.mean().expand(len(maps))
 
 
-def attention_pictures(model, imgs, source, path):
-    """Where the class token looks, head by head."""
-    heads = {f"head {h + 1}": row for h, row in enumerate(cls_attention(model, imgs).unbind(1))}
+def attention_pictures(model, untrained, imgs, source, path):
+    """Where the class token looks, head by head, and where that of an untrained network does."""
+    heads = {f"{kind}head {h + 1}": row for kind, network in (("", model), ("untrained,\n", untrained))
+             for h, row in enumerate(cls_attention(network, imgs).unbind(1))}
     data.save_rows(path, {"image": data.to_pixels(imgs, source)} | heads,
                    "attention of the class token to the patches, last block")
 
@@ -919,17 +920,20 @@ def pictures(args, model, val_set):
     positions.png: similarity of the positions."""
     folder, imgs = Path(args.output_dir) / "pictures", data.some_images(args, val_set)
     model.eval()
-    attention_pictures(model, imgs, val_set, folder / "attention.png")
+    torch.manual_seed(args.seed)                                # the weights that a training starts from
+    untrained = ViT(**model.config).to(args.device).eval()
+    attention_pictures(model, untrained, imgs, val_set, folder / "attention.png")
     distances, alike = attention_distance(model, imgs)
     data.save_plot(folder / "distance.png", {f"head {h + 1}": head for h, head in enumerate(distances.T)}
                    | {"all patches alike": alike}, "o", xlabel="block", ylabel="attention distance in pixels")
     if model.pos_embed is not None:
-        pos = F.normalize(model.pos_embed.detach()[0, 1:].float(), dim=1)                   # (N, D)
-        g = math.isqrt(len(pos))
-        maps = (pos @ pos.T).view(g, g, g, g)[::max(1, g // 7), ::max(1, g // 7)]  # at most 14 x 14 maps
+        pos = torch.cat([model.pos_embed, untrained.pos_embed]).detach()[:, 1:].float()     # (2, N, D)
+        pos, g = F.normalize(pos, dim=2), math.isqrt(pos.shape[1])
+        maps, others = (pos @ pos.mT).view(2, g, g, g, g)[:, ::max(1, g // 7), ::max(1, g // 7)]  # <= 14^2
         rows = {f"row {i * max(1, g // 7)}": row for i, row in enumerate(maps)}
-        data.save_rows(folder / "positions.png", rows,
-                       "cosine similarity of each position embedding with all others")
+        kind = "learned" if model.pos_embed[:, 0].any() else "fixed sin-cos"    # whose class token is at 0
+        data.save_rows(folder / "positions.png", rows | {"untrained,\nrow 0": others[0]},
+                       f"{kind} positions: cosine similarity of each with all others", scale=(-1, 1))
 
 
 def features_picture(both, labels, classes, path):
@@ -966,11 +970,14 @@ def confusion_picture(share, classes, path):
 def probe_pictures(args, encoder, probes, val_set):
     """attention.png: where the attentive probe that learned best looks, and where the class token does."""
     best = list(probes.values())[int(probes.right.argmax())]
+    torch.manual_seed(args.seed)
+    untrained = ViT(**encoder.config).to(args.device).eval()
     imgs = data.some_images(args, val_set)
     attention = best.pool.attention(probed_layers(args, encoder, imgs)[-1]).mean(1)[:, 1:]           # (B, N)
     rows = {"image": data.to_pixels(imgs, val_set),
             "attentive probe": attention.reshape(-1, args.grid, args.grid),
-            "class token": cls_attention(encoder, imgs).mean(1)}
+            "class token": cls_attention(encoder, imgs).mean(1),
+            "class token,\nuntrained": cls_attention(untrained, imgs).mean(1)}
     data.save_rows(Path(args.output_dir) / "pictures" / "attention.png", rows,
                    "attention of the attentive probe and of the last block's class token, mean over heads")
 
@@ -1088,6 +1095,11 @@ def main():
     judge = logistic if getattr(args, "optimizer", "") == "lbfgs" else kinds[mode]
     result = {"mode": mode, "data": args.data, "init": init or "random", "seed": args.seed,
               "label_fraction": args.label_fraction} | judge(args, train_set, val_set, model)
+    if mode == "linear" and args.layers == "all":
+        numbers = [f"-{i + 1}" for i in range(model.config["depth"])] + [""]
+        lines = {feature: torch.tensor([result[feature + n] for n in numbers]) for feature in POOLS}
+        data.save_plot(Path(args.output_dir) / "pictures" / "layers.png", lines, ylabel="accuracy in %",
+                       xlabel=f"probed block; {len(numbers)}: the encoder's output, after its last norm")
     if data.rank() == 0:
         data.save_atomically(json.dumps(result, indent=1), Path(args.output_dir) / "result.json")
         numbers = ", ".join(f"{k} {v:.2f}" for k, v in result.items()

@@ -1,4 +1,5 @@
 """BEiT v2: numbers of the official quantizer and pre-training model, living codes, what the branch sees."""
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -413,24 +414,26 @@ def test_an_old_tokenizer_has_unit_vectors(tmp_path):
 @pytest.mark.parametrize("kind", ("unit", "any length", "dVAE"))
 def test_picture_of_the_predicted_codes(kind, monkeypatch):
     """Cosine of the predicted code's vector to the true one's, whatever their lengths; a dVAE's codes have no
-    vectors: 1 or 0. What is visible counts as right."""
+    vectors: 1 or 0. What is visible is left out."""
     model, (imgs, _, mask), rows = tiny_beit(), batch(), []
     tokenizer = (dvae.DVAE(grid=8, stride=4, n_hid=8, vocab=64) if kind == "dVAE"
                  else tiny_vqkd(num_codes=64, unit=kind == "unit"))
     ids = tokenizer.tokens(pixels := torch.rand(4, 3, 32, 32))
     guess = torch.where(torch.arange(64) < 32, ids, (ids + 1) % 64)         # right in the upper half
     monkeypatch.setattr(model.lm_head, "forward", lambda h: F.one_hot(guess, 64))
-    monkeypatch.setattr(data, "save_rows", lambda path, found, title: rows.append((found, title)))
+    monkeypatch.setattr(data, "save_rows", lambda path, *drawn, scale: rows.append((*drawn, scale)))
     beit_v2.pictures(model, tokenizer, [imgs, pixels], mask, SimpleNamespace(mean=(0.0,) * 3, std=(1.0,) * 3),
                      "x.png")
-    (found, title), = rows
+    (found, title, scale), = rows
+    assert scale == ((0, 1) if kind == "dVAE" else (-1, 1))
     near = found["predicted and\ntrue code"].flatten(1)
     for b in range(4):
         for i in range(64):
             a, c = guess[b, i], ids[b, i]
-            wanted = (1.0 if not mask[b, i] or a == c else 0.0 if kind == "dVAE" else F.cosine_similarity(
-                tokenizer.quantizer.codebook[a], tokenizer.quantizer.codebook[c], dim=0).item())
-            assert near[b, i].item() == pytest.approx(wanted, abs=1e-5)
+            wanted = (math.nan if not mask[b, i] else 1.0 if a == c else 0.0 if kind == "dVAE" else
+                      F.cosine_similarity(tokenizer.quantizer.codebook[a], tokenizer.quantizer.codebook[c],
+                                          dim=0).item())
+            assert near[b, i].item() == pytest.approx(wanted, abs=1e-5, nan_ok=True)
     assert title.startswith(f"{mask[:, :32].sum() / mask.sum():.1%} of the hidden codes")
 
 

@@ -122,7 +122,8 @@ def test_a_full_disk(name, capsys):
                 raise OSError(28, "No space left on device")
             fsync(file)
         patch.setattr(os, "fsync", full)
-        patch.setattr(data, "save_rows", lambda path, *rest: data.save_atomically("picture", path))
+        patch.setattr(data, "save_rows", lambda path, *rest, **scale: data.save_atomically(
+            "picture", path))
     run(f"{MAE} --max_steps 10 --output_dir run")
     before = snapshot("run")
     with open("run/log.jsonl", "a") as file:
