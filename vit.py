@@ -31,7 +31,8 @@ FILE it judges an encoder: our encoder.pt, or an official file of any method her
     eval       the classifier in FILE as it is: accuracy, in each class, and what it confuses
     predict    the same on --images a.jpg folder/: prints file, class, probability
 
-Image and patch size, and --data, are those of FILE where they are not typed. Without --init, the probes (linear, attentive, knn) give the random-encoder row that belongs in every table.
+Image and patch size, and --data, are those of FILE where they are not typed. Without --init, the probes
+(linear, attentive, knn) give the random-encoder row that belongs in every table.
 
 Deviations: positions and class token are not decayed (timm's rule); mean pooling by default (MAE's and
 BEiT's fine-tuning); the linear probe picks its learning rate by accuracy on the training images, so that
