@@ -972,6 +972,17 @@ class FileCrops(torch.utils.data.Dataset):
         return crops, torch.tensor(-1), index, wrong
 
 
+def cut_batch(args, n):
+    """Make a batch of the n images there are, with the learning rate that belongs to it."""
+    share = world_size() * args.accum_steps
+    if n < share:
+        stop(f"{n} training images are too few for {share} parts of a batch: take fewer ranks or a smaller "
+             f"--accum_steps")
+    say(f"a batch is {n // share * share} images, not {args.batch_size}: there are no more")
+    args.batch_size = n // share * share
+    args.lr = args.blr * args.batch_size / 256 if args.blr else args.lr
+
+
 class Loader:
     """Batches of views: `loader.steps(start, net)` for training, `for views, labels in loader` otherwise.
 
@@ -983,15 +994,9 @@ class Loader:
 
     def __init__(self, args, source, views, train=True):
         self.args, self.source, self.train, self.views = args, source, train, [v for v in views if v.count]
-        share = world_size() * args.accum_steps
-        if train and args.batch_size > len(source) >= share:
-            say(f"a batch is {len(source) // share * share} images, not {args.batch_size}: there are no more")
-            args.batch_size = len(source) // share * share
-            args.lr = args.blr * args.batch_size / 256 if args.blr else args.lr
+        if train and args.batch_size > len(source):
+            cut_batch(args, len(source))
         self.epoch_steps = len(source) // args.batch_size
-        if train and not self.epoch_steps:
-            stop(f"{len(source)} training images are too few for {share} parts of a batch: take fewer ranks "
-                 f"or a smaller --accum_steps")
         self.all_steps = args.epochs * self.epoch_steps         # those of the recipe: schedules count them
         self.total_steps = min(self.all_steps, args.max_steps or self.all_steps)
         self.skipped = source.skipped                           # image files that could not be read
