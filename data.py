@@ -1523,6 +1523,9 @@ def open_log(args, model, loader, start, trivial, **levels):
             and not (args.max_steps or args.resume)):
         say(f"without a GPU this takes {time_here(args, args.recipe, n)} here, with --recipe laptop "
             f"{time_here(args, 'laptop', n)} (without evaluations, from a few timed steps)")
+    if loader.all_steps < 100:
+        say(f"only {loader.all_steps} steps, too few to learn much: name more --epochs, or a smaller "
+            f"--batch_size")
     return Log(args, loader, start, **levels)
 
 
@@ -2140,7 +2143,8 @@ def knn_vote(train_x, train_y, x, ks, num_classes, temperature=0.07):
     """Weighted k-nearest-neighbour vote (Wu et al., 2018, arXiv:1805.01978): neighbours by cosine
     similarity s, each voting for its class with exp(s / temperature).
 
-    train_x (n, D), train_y (n,), x (m, D) -> {k: predicted classes (m,)}"""
+    train_x (n, D), train_y (n,), x (m, D) -> {k: predicted classes (m,)}, of the ks up to n; else of n alone
+    """
     train_x, x = F.normalize(train_x, dim=1), F.normalize(x, dim=1)
     ks = [k for k in ks if k <= len(train_x)] or [len(train_x)]
     guesses = {k: [] for k in ks}
@@ -2219,6 +2223,8 @@ def main():
         [(chosen(sets[0], 10), 0)]))
     rows = {name: to_pixels(row, sets[0]) for name, row in zip(kinds, imgs)}
     plain, labels = rows["image"], labels.cpu()
+    if plain.max() < 1 / 8:
+        say("these pictures are nearly black: do they use few of their bits? Stretch them first")
     rows["mixup, cutmix"] = torch.cat([
         mixup_cutmix(plain[:5], labels[:5], len(sets[0].classes), m, c, 0.1)[0]
         for m, c in ((0.8, 0.0), (0.0, 1.0))])

@@ -1106,7 +1106,7 @@ def main():
         numbers = ", ".join(f"{k} {v:.2f}" for k, v in result.items()
                             if isinstance(v, float) and k != "label_fraction")
         start = init or ("from scratch" if mode == "train" else "random encoder")
-        data.say(f"result ({mode}, {args.data}, {start}): {numbers}")
+        data.say(f"result ({mode}, {args.data}, {start}): {numbers or 'none'}")
 
 
 # ============================================================================================================
