@@ -372,7 +372,7 @@ def train_tokenizer(args):
                         rec=one_for_all, cosine=1 - one_for_all)
 
     def evaluate(step):
-        result, counts = monitor(args, model, teacher, data.monitored(args, train_set, val_set)[1], whole)
+        result, counts = monitor(args, model, teacher, data.monitored(train_set, val_set)[1], whole)
         tokenizer_pictures(model, teacher, samples, counts, log.picture(step))
         words_knn = data.knn_monitor(args, model, train_set, val_set, ranked=False)["knn"]
         log.write(step, **result, knn_words=words_knn)

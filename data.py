@@ -2167,10 +2167,10 @@ def sample(source, n):
     return source.subset(chosen(source, n)) if n < len(source) else source
 
 
-def monitored(args, train_set, val_set):
-    """What evaluations on the way read, so that they stay cheap beside the training: 1% as many training
-    images as the whole of it will see, but 5,000 to 50,000, and a quarter as many validation images."""
-    most = min(50_000, max(5_000, args.epochs * len(train_set) // 100))
+def monitored(train_set, val_set):
+    """What evaluations on the way read, so that they stay cheap beside the training: 10,000 training images,
+    or 50 a class, and a quarter as many validation images; always the same, or runs could not be compared."""
+    most = max(10_000, 50 * len(train_set.classes))
     return sample(train_set, most), sample(val_set, most // 4)
 
 
@@ -2190,7 +2190,7 @@ def knn_monitor(args, model, train_set, val_set, k=20, ranked=True):
     images."""
     model.eval()
     train_x, train_y, x, y = itertools.chain(*(encode(args, model.features, source)
-                                               for source in monitored(args, train_set, val_set)))
+                                               for source in monitored(train_set, val_set)))
     model.train()
     (guess,) = knn_vote(train_x, train_y, x, [k], len(train_set.classes)).values()
     accuracy = (guess == y).float().mean().item() * 100 if len(train_set.classes) > 1 else None

@@ -401,7 +401,7 @@ def main():
 
     def evaluate(step):
         tau = half_cosine(step / loader.all_steps / args.tau_anneal, 1.0, args.tau)
-        result, counts = monitor(args, ema, data.monitored(args, train_set, val_set)[1], whole, tau)
+        result, counts = monitor(args, ema, data.monitored(train_set, val_set)[1], whole, tau)
         pictures(ema, samples[:200], counts, log.picture(step))
         words_knn = data.knn_monitor(args, ema, train_set, val_set, ranked=False)["knn"]
         log.write(step, **result, knn_words=words_knn)

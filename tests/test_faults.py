@@ -74,10 +74,10 @@ def test_ctrl_c_before_the_first_step(capsys):
 
 def test_a_failed_command_leaves_no_folder(capsys):
     """Not even those above it that it made; a folder that holds anything else stays."""
-    sentence(f"{MAE} --batch_size 220 --output_dir a/b/c", capsys)
+    sentence(f"{MAE} --batch_size 220 --accum_steps 220 --output_dir a/b/c", capsys)
     assert not Path("a").exists()
     Path("kept/notes").mkdir(parents=True)
-    sentence(f"{MAE} --batch_size 220 --output_dir kept", capsys)
+    sentence(f"{MAE} --batch_size 220 --accum_steps 220 --output_dir kept", capsys)
     assert Path("kept/notes").exists()
 
 
