@@ -646,7 +646,8 @@ def test_the_monitor_reads_a_share_of_the_images(monkeypatch):
     monkeypatch.setattr(data, "encode", encode)
 
     def images(n):
-        return data.Images(torch.arange(n).view(n, 1), torch.arange(n) % 10, [*map(str, range(classes))], 0, 1)
+        return data.Images(torch.arange(n).view(n, 1), torch.arange(n) % 10, [*map(str, range(classes))],
+                           0, 1)
     model = torch.nn.Identity()
     model.features = None
     for epochs, n, classes, bank, judged in ((1, 60_000, 10, 10_000, 2_500), (900, 50_000, 10, 10_000, 2_500),
