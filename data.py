@@ -110,6 +110,10 @@ class Images:
     mean: tuple                        # of the pixels in [0, 1], a number a channel
     std: tuple
     skipped: set = field(default_factory=set)   # paths of unreadable files; None: all must be readable
+    numbers: torch.Tensor = None       # (n,) of the images in the whole set, where they are no files
+
+    def __post_init__(self):
+        self.numbers = torch.arange(len(self)) if self.numbers is None else self.numbers
 
     def __len__(self):
         return len(self.labels)
@@ -120,7 +124,7 @@ class Images:
 
     def subset(self, index):
         imgs = [self.imgs[i] for i in index] if self.streamed else self.imgs[index]
-        return replace(self, imgs=imgs, labels=self.labels[index])
+        return replace(self, imgs=imgs, labels=self.labels[index], numbers=self.numbers[index])
 
 
 # ---- shapes: drawn here, so that everything runs offline ----
@@ -494,10 +498,12 @@ def pictures_at(places):
     """Picture files, and all below the folders among them, as a set without labels. -> Images
 
     Raises: exits with one sentence if there are none."""
-    with reading(" ".join(places), "pictures"):
-        paths = [path for place in places for path in (
-            [p for p in walk(place) if p.lower().endswith(ENDINGS)] if os.path.isdir(place) else [place])]
-    if not any(paths):
+    for place in places:
+        if not os.path.exists(place):
+            stop(f"there is no picture or folder '{place}': name files, or folders that hold some")
+    paths = [path for place in places for path in (
+        [p for p in walk(place) if p.lower().endswith(ENDINGS)] if os.path.isdir(place) else [place])]
+    if not paths:
         stop(f"no pictures in '{' '.join(places)}': name files, or folders that hold some")
     return Images(paths, torch.zeros(len(paths), dtype=torch.long), [""], *STATS["imagenet"])
 
@@ -1053,7 +1059,8 @@ class Loader:
             stop(f"unreadable images, delete or replace them: {', '.join(broken.values())}")
         if new := [text for path, text in broken.items() if path not in self.skipped]:
             self.skipped.update(broken)
-            print(f"\nunreadable images, others are used in their place: {', '.join(new)} "
+            fate = "others are used in their place" if self.train else "left out"
+            print(f"\nunreadable images, {fate}: {', '.join(new)} "
                   f"({len(self.skipped)} so far)", file=sys.stderr, flush=True)
 
     def __iter__(self):
@@ -1133,11 +1140,15 @@ def resumed_flags(early, output_dir):
     if not path.exists() and path.with_name("last.pt").exists():
         stop(f"{path}, the flags of this run, is gone: restore it")
     with reading(path, "the flags of a run"):
-        flags = dict(json.loads(path.read_text())["flags"]) if path.exists() else {}
-        data_name, model, column = (flags.get(name, COLUMNS[0]) for name in ("data", "model", "recipe"))
-        if not isinstance(data_name, str) or not isinstance(model, str) or column not in COLUMNS:
-            raise ValueError(f"--data {data_name} --model {model} --recipe {column}")
-        return flags
+        return sound(json.loads(path.read_text())["flags"]) if path.exists() else {}
+
+
+def sound(flags):
+    """-> a dict of flags of which those that decide the defaults of others are such. Raises ValueError"""
+    data_name, model, column = (flags.get(name, COLUMNS[0]) for name in ("data", "model", "recipe"))
+    if not isinstance(data_name, str) or not isinstance(model, str) or column not in COLUMNS:
+        raise ValueError(f"--data {data_name} --model {model} --recipe {column}")
+    return dict(flags)
 
 
 def merge(*tables):
@@ -1199,7 +1210,7 @@ def parse_args(doc, *recipe, words=None, folder=None, told=()):
     values = {name: cell.get(model or cells["model"], next(iter(cell.values())))
               if isinstance(cell, dict) else cell for name, cell in cells.items()}
     pixels = (32, 4) if side < 48 else (64, 8) if side <= 96 else (224, 16)
-    values |= dict(zip(("img_size", "patch_size"), pixels), recipe=column) | told
+    values |= dict(zip(("img_size", "patch_size"), pixels), recipe=column)
 
     title = f"{doc}\nThe defaults below are those of the recipe {column} ({why})."
     parser = argparse.ArgumentParser(description=title, allow_abbrev=False,
@@ -1209,9 +1220,10 @@ def parse_args(doc, *recipe, words=None, folder=None, told=()):
         box = parser.add_argument_group(group)
         for name in [name for name in names if name in rows]:
             add_flag(box, name, values[name], *rows[name][1:])
-    with reading(Path(output_dir, "args.json"), "the flags of a run"):
-        parser.error = fail
-        values |= vars(parser.parse_args(as_words(kept, values)))
+    parser.error = fail
+    for path, flags in ((early.init, told), (Path(output_dir, "args.json"), kept)):
+        with reading(path, "the flags of a run"):
+            values |= vars(parser.parse_args(as_words(flags, values)))
     parser.error = lambda message: stop(f"{message} (see --help)")
     typed = vars(parser.parse_args(words))
     args = argparse.Namespace(**values | typed | {"output_dir": output_dir, "resume": early.resume})
@@ -2136,6 +2148,8 @@ def encode(args, features, source):
     outputs, labels = all_rows(F.pad(outputs, (0, 0, 0, pad))), all_rows(F.pad(labels, (0, pad), value=-1))
     outputs, labels = (t.unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)
                        for t in (outputs, labels))              # back to the set's order
+    if source.skipped is not None and source.streamed:          # those of all ranks
+        source.skipped.update(path for path, label in zip(source.imgs, labels.tolist()) if label < 0)
     return outputs[labels >= 0], labels[labels >= 0]            # without padding and unreadable images
 
 

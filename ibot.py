@@ -1,6 +1,6 @@
 """iBOT: Image BERT Pre-Training with Online Tokenizer (Zhou et al., 2021), arXiv:2111.07832.
 
-Measured: ViT-micro/4, shapes, two CPU cores, 6 minutes: k-NN 15 -> 47%. CIFAR-10, older recipe: 32 -> 37%.
+Measured: ViT-micro/4, CIFAR-10, two CPU cores, 28 minutes: k-NN 56%, linear 54%; shapes: k-NN 15 -> 47%.
 
 A student learns to say what its own running average, the teacher, says: about the class token of another crop
 of the image (as in DINO), and about patches that are hidden from the student but not from the teacher. The
@@ -19,7 +19,7 @@ Shapes: B images, G = 2 global and L local crops of each, N patches of a global 
 patches of the whole batch, D width, E of the bottleneck, K and K' prototypes for class token and patches.
 
     python ibot.py --data shapes                            # CPU, offline, 6 minutes: k-NN 15 -> 47%
-    python ibot.py --model micro --img_size 24              # CIFAR-10, CPU: this recipe is not run to its end
+    python ibot.py --model micro --img_size 24              # CIFAR-10, CPU, half an hour
     python ibot.py                                          # CIFAR-10, ViT-Tiny/4, one GPU: not run yet
     torchrun --nproc_per_node=8 ibot.py --data imagenet     # ViT-B/16, 400 epochs: not run yet
 
@@ -318,8 +318,6 @@ def check_flags(args):
     unused = {"crop": {"gray", "blur"}, "none": {"gray", "blur", "global_scale", "local_scale"}}
     for name in sorted(args.typed & unused.get(args.aug, set())):
         data.say(f"--{name} is not used: --aug {args.aug}")
-    if args.koleo and args.batch_size == data.world_size() * args.accum_steps:
-        data.stop(f"--koleo {args.koleo} spreads images: --batch_size {args.batch_size} leaves one a part")
     args.local_size = args.local_size or args.img_size // 2
     if args.local_crops and args.local_size % args.patch_size:
         data.stop(f"--local_size {args.local_size} is not divisible by --patch_size {args.patch_size}")
@@ -342,6 +340,8 @@ def main():
                        **color),
              data.View(args.local_size, args.local_crops, scale=near, blur=0.5 * blur, **color)]
     loader = data.Loader(args, train_set, views)
+    if args.koleo and args.batch_size == data.world_size() * args.accum_steps:
+        data.stop(f"--koleo {args.koleo} spreads images: --batch_size {args.batch_size} leaves one a part")
 
     def network(drop_path):
         encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], drop_path=drop_path)

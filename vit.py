@@ -1,6 +1,6 @@
 """An Image is Worth 16x16 Words (Dosovitskiy et al., 2020), arXiv:2010.11929: the backbone and the judge.
 
-Measured: supervised ViT-micro/4, CIFAR-10, one CPU core, 50 minutes: 66.2%; on a GPU not run.
+Measured: supervised ViT-micro/4, CIFAR-10, 13 epochs, one CPU core, 50 minutes: 66.2%; on a GPU not run.
 
 Cut an image into patches, give each a linear embedding and a position, put a learned class token in front,
 and let a Transformer encoder read the sequence; a linear classifier reads the class token, or the mean of the
@@ -689,9 +689,9 @@ def make_probes(args, encoder, num_classes):
 
 def probe(args, train_set, val_set, encoder):
     """Train probes on the frozen encoder. -> the entries of result.json"""
+    loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5)])
     if args.batch_size == data.world_size() * args.accum_steps:
         data.stop(f"--batch_size {args.batch_size} leaves one image a part: too few for BatchNorm")
-    loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5)])
     classes = len(train_set.classes)
     encoder.requires_grad_(False).eval()                        # nothing frozen may be random
     model, optimizer = make_probes(args, encoder, classes)
@@ -825,11 +825,11 @@ def knn(args, train_set, val_set, encoder):
 
 def features(args, train_set, val_set, encoder):
     """features.npz, for whatever comes next: `cls` and `mean` (n, D) of all images, `labels` (n,), `classes`,
-    `paths` (numbers where the images are no files), `split` (train or val); features.png draws them."""
+    `paths` (where the images are no files, their numbers in the set), `split`; features.png draws them."""
     parts, paths, splits = [], [], []
     for split, source in (("train", train_set), ("val", val_set)):
         parts.append(encode_both(args, encoder, source))
-        names = source.imgs if source.streamed else map(str, range(len(source)))
+        names = source.imgs if source.streamed else map(str, source.numbers.tolist())
         paths += [name for name in names if name not in (source.skipped or ())]
         splits += [split] * len(parts[-1][1])
     tokens, labels = (torch.cat(part).cpu() for part in zip(*parts))
@@ -1020,12 +1020,13 @@ def build(args, num_classes, pool, classes=()):
         config["rel_pos"], table = "block", state.pop("rel_pos_bias.relative_position_bias_table")
         state |= {f"blocks.{i}.rel_pos_bias.relative_position_bias_table": table
                   for i in range(config["depth"])}
-    if args.mode != "finetune":  # the probes read what the file's own final norm gives
-        options["pool"] = config.get("pool", "cls")
+    same = args.mode == "finetune" and head is not None and names == classes
+    if args.mode != "finetune" or same and "pool" not in getattr(args, "typed", ()):
+        options["pool"] = config.get("pool", "cls")             # what the file's own final norm and head read
     model = ViT(**config | options | dict(drop_path=getattr(args, "drop_path", 0.0)))
     load_weights(model, state, args.init)
     model.classes = names if head is not None else []
-    if args.mode == "finetune" and model.classes and model.classes == classes:
+    if same and options["pool"] == config.get("pool", "cls"):
         data.say(f"going on with the classifier of {args.init}: it is for the same classes")
     elif args.mode == "finetune":
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
@@ -1074,6 +1075,8 @@ def main():
     if mode in ("eval", "predict") and not init:
         data.stop(f"--mode {mode} needs a classifier: give --init FILE, of --mode train or finetune")
     if mode == "predict":
+        if data.world_size() > 1:
+            data.stop("--mode predict is for one process: start it without torchrun")
         data.choose_device(args)
         source = data.pictures_at(args.images)
         model, (source.mean, source.std) = build(args, 0, "cls")
@@ -1192,8 +1195,9 @@ def read_encoder(path, num_heads=0, content=None, finetune=False):
                 config["pos_offset"] = 0.1
         with torch.device("meta"):
             data.build(path, ViT, config)
-        if config["embed_dim"] % config["num_heads"] or not all(std):
-            raise ValueError(f"width {config['embed_dim']}, {config['num_heads']} heads, std {std}")
+        if config["embed_dim"] % config["num_heads"] or not all(std) or config["pool"] not in POOLS:
+            raise ValueError(f"width {config['embed_dim']}, {config['num_heads']} heads, std {std}, pool "
+                             f"{config['pool']}")
         if finetune and is_cae:
             state |= {f"fc_{name}": state[name] for name in ("norm.weight", "norm.bias") if name in state}
     return state, config, mean, std

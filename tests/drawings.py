@@ -319,6 +319,7 @@ METHODS = vit, dvae, beit, beit_v2, ibot, mae, cae
 
 
 def main(out):
+    Path(out).mkdir(parents=True, exist_ok=True)
     for draw in METHODS:
         drawing, path = draw(), Path(out) / f"how-{draw.__name__}.png"
         drawing.legend()
@@ -327,4 +328,6 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit("python tests/drawings.py OUT: the folder to draw into")
+    main(sys.argv[1])

@@ -66,7 +66,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path, help="a folder that is new or empty")
     out = parser.parse_args().out
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if (out.exists() or out.is_symlink()) and not (out.is_dir() and not any(out.iterdir())):
         parser.error(f"{out} exists and is not an empty folder: name another, or empty it first")
     write(out)
     print(f"{out} has {len(EXERCISES)} functions to write; "

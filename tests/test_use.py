@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_runs import IBOT, MAE, TRAIN, data, log_of, read, run, same, sentence, shrink, vit  # noqa: E402
+from test_runs import (IBOT, MAE, TRAIN, data, forked, log_of, read, run, same, sentence,  # noqa: E402
+                       shrink, vit)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,18 @@ def test_finetuning_goes_on_with_a_classifier_of_the_same_classes(trained, capsy
     assert log_of("other")[0]["val_loss"] == pytest.approx(np.log(10), abs=1e-3)    # a new head says nothing
 
 
+def test_a_kept_head_reads_what_it_was_trained_on(trained):
+    """A classifier on the class token goes on with it, though fine-tuning's own default is the mean."""
+    run(f"{TRAIN} --pool cls --max_steps 30 --epochs 3 --output_dir first")
+    run("vit.py --device cpu --amp none --mode finetune --init first/encoder.pt --epochs 1 "
+        "--output_dir second")
+    assert log_of("second")[0]["accuracy"] == pytest.approx(result_of("first")["accuracy"], abs=1e-3)
+    assert log_of("second")[0]["val_loss"] == pytest.approx(result_of("first")["val_loss"], abs=1e-3)
+    run("vit.py --device cpu --amp none --mode finetune --init first/encoder.pt --epochs 1 --pool mean "
+        "--output_dir third")
+    assert log_of("third")[0]["val_loss"] == pytest.approx(np.log(10), abs=1e-3)    # a new head
+
+
 def test_predict_names_pictures(trained, capsys):
     """One line a picture, in the order of the command line, folders sorted; the class is the model's own."""
     paths, _ = pictures("seen", 3)
@@ -210,8 +223,9 @@ def test_predict_leaves_out_what_is_no_picture(trained, capsys):
     assert [line.split("  ")[0] for line in out.splitlines()] == [paths[0], paths[2]] and paths[1] in err
     Path("empty").mkdir()
     assert "no pictures in 'empty'" in sentence(f"{command} empty", capsys)
-    assert "unreadable images" in sentence(f"{command} no/such.png", capsys)
-    assert "no pictures in ''" in sentence(f"vit.py --mode predict --init {trained}/train/encoder.pt", capsys)
+    assert "there is no picture or folder 'no/such.png'" in sentence(f"{command} seen no/such.png", capsys)
+    said = sentence(f"vit.py --mode predict --init {trained}/train/encoder.pt", capsys)
+    assert "there is no picture or folder ''" in said
 
 
 # ---- features ----
@@ -248,6 +262,30 @@ def test_features_of_a_flat_folder(trained):
     assert len(found["cls"]) == len(found["mean"]) == len(found["split"]) == len(found["labels"]) == 11
 
 
+def test_features_know_the_numbers_of_their_images(trained):
+    """Of a set in memory `paths` are places in the whole set, whatever is set aside of it."""
+    run(f"vit.py --device cpu --mode features --init {trained}/mae/encoder.pt --holdout 50 --output_dir run")
+    found = np.load("run/features.npz")
+    _, labels = data.draw_shapes(5000 // 24, 8, 0)
+    numbers = found["paths"].astype(int)
+    assert sorted(numbers.tolist()) == list(range(len(labels)))
+    assert np.array_equal(labels.numpy()[numbers], found["labels"])
+
+
+def test_features_of_two_ranks_have_their_paths(trained):
+    """What one rank could not read is left out of the names of all."""
+    paths, _ = pictures("seen", 12)
+    aside, damaged, *_ = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
+    Path(paths[damaged]).write_bytes(b"damaged")
+    command = f"vit.py --device cpu --amp none --mode features --data seen --init {trained}/mae/encoder.pt"
+    run(f"{command} --output_dir one")
+    statuses, done = forked((f"{command} --output_dir two", ()), ranks=2)
+    assert statuses == [0, 0], done.stderr
+    one, two = np.load("one/features.npz"), np.load("two/features.npz")
+    assert one["paths"].tolist() == two["paths"].tolist() and paths[damaged] not in one["paths"].tolist()
+    assert np.allclose(one["mean"], two["mean"], atol=1e-5)
+
+
 # ---- pictures, painted ----
 
 def test_mae_repaints_pictures(trained, monkeypatch):
@@ -267,13 +305,27 @@ def test_mae_repaints_pictures(trained, monkeypatch):
 
 @pytest.mark.parametrize("words, told", [
     ("--paint seen", "--paint needs a trained model: give --init FILE, the last.pt of a run"),
-    ("--paint no.png --init {}/mae/last.pt", "unreadable images, delete or replace them: no.png"),
+    ("--paint no.png --init {}/mae/last.pt", "there is no picture or folder 'no.png'"),
     ("--paint seen --init {}/mae/encoder.pt", "is no whole model of mae: give the last.pt of that run"),
 ])
 def test_what_cannot_be_painted(words, told, trained, capsys):
     pictures("seen")
     said = sentence(f"mae.py --device cpu {words.format(trained)}", capsys)
     assert told in said
+
+
+@pytest.mark.parametrize("change", [
+    {"flags": 5}, {"flags": None}, {"flags": {"model": "x"}}, {"flags": {"model": 3}}, {"mean": "abc"},
+    {"flags": {"img_size": "a"}}, {"flags": {"patch_size": 0}}, {"flags": {"sampling": "z"}},
+    {"std": (1.0, float("nan"), 1.0)}])
+def test_damaged_flags_of_what_is_to_paint(change, trained, capsys):
+    pictures("seen")
+    content = read(trained / "mae" / "last.pt")
+    if isinstance(change.get("flags"), dict):
+        change = {"flags": content["flags"] | change["flags"]}
+    torch.save(content | change, "last.pt")
+    assert "last.pt" in sentence("mae.py --device cpu --init last.pt --paint seen", capsys)
+    assert not Path("painted.png").exists()
 
 
 # ---- the student, other runtimes, few images ----
@@ -323,3 +375,12 @@ def test_a_batch_is_cut_to_the_images_there_are(command, rate, capsys, monkeypat
     flags = flags_of("run")
     assert max(rates) == pytest.approx(0.01 if rate == "lr" else flags["blr"] * 208 / 256)
     assert flags["batch_size"] in (512, 16384)
+
+
+def test_a_cut_batch_leaves_no_image_alone(capsys):
+    """Checks for one image a part see the batch that was cut."""
+    said = sentence("vit.py --device cpu --data shapes --mode attentive --img_size 8 --patch_size 4 "
+                    "--batch_size 416 --accum_steps 208 --output_dir run", capsys)
+    assert "--batch_size 208 leaves one image a part" in said
+    said = sentence(f"{IBOT} --koleo 0.5 --batch_size 416 --accum_steps 208 --output_dir run2", capsys)
+    assert "--batch_size 208 leaves one a part" in said
