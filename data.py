@@ -1977,7 +1977,7 @@ INVISIBLE = ("decoder_heads", "early_layer", "unit")  # flags that change a mode
 def differences(args, flags, names=()):
     """In words, where the flags of a last.pt differ from this run's; names: of these, else of all that may
     shape a model. "" if nowhere."""
-    own = args.flags | {"images": args.images} if flags else {}
+    own = args.flags | {"images": getattr(args, "images", "")} if flags else {}   # none where it paints
     names = names or ({*flags} - {*merge(*COMMON.values())} | {"model", "img_size", "patch_size"})
     if str(own.get("images")).startswith(f"{flags.get('images')} "):    # an old file knows the number alone
         own["images"] = flags["images"]

@@ -36,7 +36,7 @@ def pictures(folder, n=3, side=8):
     """PNG files of drawn shapes. -> their paths, labels"""
     imgs, labels = data.draw_shapes(n, side, seed=5)
     Path(folder).mkdir()
-    paths = [f"{folder}/{i}.png" for i in range(n)]
+    paths = [f"{folder}/{i:02}.png" for i in range(n)]
     for img, path in zip(imgs, paths):
         Image.fromarray(img.permute(1, 2, 0).numpy()).save(path)
     return paths, labels
@@ -136,7 +136,8 @@ def test_eval_of_an_official_classifier(kind, trained):
 
 
 def test_a_file_without_a_classifier(trained, capsys):
-    for mode in ("eval", "predict --images x.png"):
+    pictures("seen")
+    for mode in ("eval", "predict --images seen"):
         said = sentence(f"vit.py --mode {mode} --init {trained}/mae/encoder.pt --output_dir run", capsys)
         assert "has no classifier" in said and "--mode finetune gives it one" in said
         assert "give --init FILE" in sentence(f"vit.py --device cpu --mode {mode} --output_dir run", capsys)
@@ -191,7 +192,7 @@ def test_predict_names_pictures(trained, capsys):
     """One line a picture, in the order of the command line, folders sorted; the class is the model's own."""
     paths, _ = pictures("seen", 3)
     command = (f"vit.py --device cpu --amp none --mode predict --init {trained}/train/encoder.pt "
-               f"--images seen/2.png seen")
+               f"--images seen/02.png seen")
     capsys.readouterr()
     run(command)
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
@@ -274,8 +275,8 @@ def test_features_know_the_numbers_of_their_images(trained):
 
 def test_features_of_two_ranks_have_their_paths(trained):
     """What one rank could not read is left out of the names of all."""
-    paths, _ = pictures("seen", 12)
-    aside, damaged, *_ = torch.randperm(12, generator=torch.Generator().manual_seed(0)).tolist()
+    paths, _ = pictures("seen", 40)
+    *_, damaged = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
     Path(paths[damaged]).write_bytes(b"damaged")
     command = f"vit.py --device cpu --amp none --mode features --data seen --init {trained}/mae/encoder.pt"
     run(f"{command} --output_dir one")
@@ -296,7 +297,7 @@ def test_mae_repaints_pictures(trained, monkeypatch):
         shrink(patch)
         patch.setattr(data, "save_rows", lambda path, rows, *title: drawn.update({path: rows}))
     before = (trained / "mae" / "last.pt").read_bytes()
-    run(f"mae.py --device cpu --init {trained}/mae/last.pt --paint seen/1.png seen", prepare)
+    run(f"mae.py --device cpu --init {trained}/mae/last.pt --paint seen/01.png seen", prepare)
     (path, rows), = drawn.items()
     assert path == trained / "mae" / "painted.png" and len(rows["image"]) == 4
     assert torch.allclose(rows["image"][0], data.crop_file(paths[1], [data.View(8)])[0] / 255, atol=1e-5)
