@@ -175,7 +175,7 @@ class Seen:
     """What a run of main() handed on: filled by the spies that `prepare` puts in its way."""
 
     def __init__(self):
-        self.model, self.views, self.source, self.shown = None, None, None, []
+        self.model, self.encoder, self.views, self.source, self.shown = None, None, None, None, []
         self.calls, self.masks, self.mixes, self.judged, self.saved = [], [], [], [], []
         self.steps, self.weights, self.hits, self.read_in_half = [], [], [], set()
 
@@ -199,7 +199,7 @@ class Seen:
                 self.shown += [(view, source) for view in views]
 
         def blocks(encoder, x):
-            self.encoder = encoder
+            self.encoder = self.encoder or encoder  # not the untrained one of a picture
             self.read_in_half.add(torch.is_autocast_enabled("cpu"))
             return forward_blocks(encoder, x)
         patch.setattr(data, "wrap", wrapped)
