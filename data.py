@@ -1724,10 +1724,24 @@ class Log:
             f"{', '.join(sorted(p.name for p in self.path.parent.iterdir()))}")
 
 
+def reference(args):
+    """The log of a run with these flags in .github/results, if there is one. -> its lines"""
+    own = {*args.flags} - {*COMMON["run"]} - {"data_dir", "num_workers"}
+    for path in sorted(Path(__file__).parent.glob(".github/results/*/log.jsonl")):
+        flags = json.loads(path.with_name("args.json").read_text())["flags"]
+        if all(args.flags[name] == flags.get(name) for name in own & {*flags}) and len(own - {*flags}) < 2:
+            return read_log(path)
+    return []
+
+
+def read_log(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def curves(log):
     """Draw every number of log.jsonl over the epochs into curves.png beside it, the loss and k-NN first, with
-    lines at its value before training and at that of guessing."""
-    lines, y = [json.loads(line) for line in log.path.read_text().splitlines()], log.loader.source.labels
+    lines at its value before training and at that of guessing; in grey, a `reference`."""
+    lines, before, y = read_log(log.path), reference(log.args), log.loader.source.labels
     levels = dict.fromkeys(("knn", "accuracy"), 100 * y.bincount().max().item() / len(y)) | log.levels
     names = sorted({name for line in lines for name in line} - {"step", "epoch", "seconds"},
                    key=lambda name: (name == "images/s", name != "loss", "knn" not in name, name))
@@ -1735,6 +1749,8 @@ def curves(log):
     for i, name in enumerate(names):
         points = [(line["epoch"], line[name]) for line in lines if name in line]
         axes = figure.add_subplot(math.ceil(len(names) / 3), min(3, len(names)), i + 1)
+        if known := [(line["epoch"], line[name]) for line in before if name in line]:
+            axes.plot(*zip(*known), color="0.7", label="the README's run")
         axes.plot(*zip(*points), marker="." if len(points) < 30 else None)
         marks = {"trivial level" if word in log.levels else "chance": level
                  for word, level in levels.items() if word in name}
@@ -1743,7 +1759,7 @@ def curves(log):
             axes.axhline(level, color=f"C{1 + ('before' in label)}", ls="--", label=f"{label} {level:.4g}")
         axes.set(title=name, xlabel="epoch")
         axes.grid(alpha=0.3)
-        if marks:
+        if marks or known:
             axes.legend(fontsize=7)
     save_atomically(figure, log.path.with_name("curves.png"))
 

@@ -122,7 +122,8 @@ def test_curves_say_what_is_good(tmp_path, monkeypatch):
         json.dumps({"step": i, "epoch": i / 5, "seconds": i} | line) + "\n" for i, line in enumerate(lines)))
     source = SimpleNamespace(labels=torch.tensor([0, 1, 1, 2, 1]))
     data.curves(SimpleNamespace(path=tmp_path / "log.jsonl", loader=SimpleNamespace(source=source),
-                                levels={"loss": 2.3, "accuracy": 0.3}))
+                                levels={"loss": 2.3, "accuracy": 0.3},
+                                args=SimpleNamespace(flags={"seed": -1})))
     (figure, name), = drawn
     marks = {axes.get_title(): [line.get_label() for line in axes.lines[1:]] for axes in figure.axes}
     assert name == "curves.png" and list(marks.items()) == [
@@ -133,6 +134,22 @@ def test_curves_say_what_is_good(tmp_path, monkeypatch):
     for axes in figure.axes:
         assert all(float(line.get_label().split()[-1]) == line.get_ydata()[0] for line in axes.lines[1:])
         assert (axes.get_legend() is None) == (not axes.lines[1:])
+
+
+def test_a_run_of_the_readme_lies_behind_the_same_recipe(tmp_path, monkeypatch):
+    """Grey: a log in .github/results of the same flags, whatever folder, device or place of data they had."""
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
+    folder, lines = tmp_path / ".github/results/mae", [{"step": 0, "epoch": 0.0, "seconds": 1, "knn": 30.0}]
+    folder.mkdir(parents=True)
+    flags = {"epochs": 44, "seed": 0, "mask_ratio": 0.75, "output_dir": "out/x", "data_dir": "data"}
+    (folder / "args.json").write_text(json.dumps({"flags": flags}))
+    (folder / "log.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    here = {"output_dir": "here", "data_dir": "/data", "device": "cpu"}
+    assert data.reference(SimpleNamespace(flags=flags | here)) == lines
+    assert data.reference(SimpleNamespace(flags=flags | here | {"a_new_flag": 1})) == lines
+    for other in ({"seed": 1}, {"mask_ratio": 0.5}):
+        assert data.reference(SimpleNamespace(flags=flags | here | other)) == []
+    assert data.reference(SimpleNamespace(flags={"epochs": 44, "seed": 0, "pred_ratio": 0, "koleo": 0})) == []
 
 
 def test_every_script_gives_its_curves_levels(monkeypatch):
