@@ -178,47 +178,44 @@ def pictures(model, imgs, source, path):
     data.save_rows(path, rows, f"loss on the hidden patches of these images {loss.item():.3f}{note}")
 
 
-def main():
-    early, painting = data.early_flags(sys.argv[1:]), any(word.startswith("--paint") for word in sys.argv)
-    if painting and not early.init:
-        data.stop("--paint needs a trained model: give --init FILE, the last.pt of a run")
-    content, told = data.load_file(early.init) if painting else {}, {}
-    with data.reading(early.init, "a model of mae.py"):
-        for name, value in data.sound(content.get("flags", {})).items():
-            if name in {*RECIPE, "data", "model", "img_size", "patch_size"} - {"paint"}:
-                told[name] = value
-    args = data.parse_args(__doc__, RECIPE, told=told)
+def check_flags(args):
+    """One sentence for flags that do not go together."""
     if args.sampling == "grid" and (args.mask_ratio != 0.75 or args.grid % 2):
         data.stop(f"--sampling grid hides three of every 2 x 2 patches: it needs --mask_ratio 0.75 and "
                   f"an even grid, not {args.mask_ratio} and {args.grid} x {args.grid}")
-    if not 1 <= (num_keep := int(args.grid ** 2 * (1 - args.mask_ratio))) < args.grid ** 2:
+    if not 1 <= int(args.grid ** 2 * (1 - args.mask_ratio)) < args.grid ** 2:
         data.stop(f"--mask_ratio {args.mask_ratio} hides all or none of the {args.grid ** 2} patches: "
                   f"use a value like 0.75")
     if args.decoder_dim % args.decoder_heads or args.decoder_dim % 4:
         data.stop(f"--decoder_dim {args.decoder_dim} must be divisible by 4 and by --decoder_heads "
                   f"{args.decoder_heads}")
-    device = data.choose_device(args) if painting else data.setup(args)
-    train_set, val_set = [data.pictures_at(args.paint)] * 2 if painting else data.load_sets(args)
+
+
+def build(args):
+    """The model of these flags, with new weights or those of --init FILE"""
     encoder = ViT(args.img_size, args.patch_size, **SIZES[args.model], pos="sincos")
     model = MAE(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads, args.mask_ratio,
-                args.norm_pix_loss, args.sampling, args.encoder_sees_mask).to(device)
+                args.norm_pix_loss, args.sampling, args.encoder_sees_mask).to(args.device)
     if args.init:
         load_init(model, args, fixed=("encoder.pos_embed", "decoder_pos_embed"))
-    if painting:
-        usual = dict(zip(("mean", "std"), data.STATS.get(args.data, data.STATS["imagenet"])))
-        stats = usual | {name: content[name] for name in usual if name in content}
-        data.expect(args.init, stats, usual)
-        shown = replace(val_set.subset(range(min(16, len(val_set)))), skipped=None, **stats)
-        path = Path(early.output_dir or Path(args.init).parent, "painted.png")
-        (imgs,), _ = next(iter(data.Loader(args, shown, [data.View(args.img_size)], train=False)))
-        pictures(model, imgs, shown, path)
-        return data.say(f"{len(shown)} of {len(val_set)} pictures: see {path}")
+    return model
 
+
+def main():
+    early = data.early_flags(sys.argv[1:])
+    if any(word.startswith("--paint") for word in sys.argv):
+        return paint(early.init or data.stop("--paint needs --init FILE, the last.pt of a run"),
+                     early.output_dir)
+    args = data.parse_args(__doc__, RECIPE)
+    check_flags(args)
+    device = data.setup(args)
+    train_set, val_set = data.load_sets(args)
     crop = dict(scale=(0.2, 1.0), flip=0.5)
     view = {"none": {}, "crop": crop, "crop_jitter": crop | dict(jitter=(0.4, 0.4, 0.4, 0.1)),
             "crop_fixed": dict(scale=(0.77, 0.77), ratio=(1, 1), flip=0.5)}[args.aug]
     loader = data.Loader(args, train_set, [data.View(args.img_size, **view)])
 
+    model, num_keep = build(args), int(args.grid ** 2 * (1 - args.mask_ratio))
     net = data.wrap(model, args)                                # compiled, in DDP; `model` itself is saved
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
                                   betas=(0.9, 0.95), fused="mps" not in args.device)
@@ -250,10 +247,30 @@ def main():
         optimizer.zero_grad()
         log.step(step, lr=lr)
         if log.saves(step + 1):
-            log.save(step + 1, state, encoder=encoder)
+            log.save(step + 1, state, encoder=model.encoder)
         if log.evaluates(step + 1):
             evaluate(step + 1)
     log.finish()
+
+
+def paint(path, folder):
+    """painted.png: what the model in the file at `path` makes of the pictures that --paint names"""
+    content = data.load_file(path)
+    with data.reading(path, "a model of mae.py"):
+        flags = data.sound(content.get("flags", {}))
+    own = {*RECIPE, "data", "model", "img_size", "patch_size"} - {"paint"}
+    args = data.parse_args(__doc__, RECIPE, told={name: flags[name] for name in own & {*flags}})
+    check_flags(args)
+    data.choose_device(args)
+    model, source = build(args), data.pictures_at(args.paint)
+    usual = dict(zip(("mean", "std"), data.STATS.get(args.data, data.STATS["imagenet"])))
+    stats = usual | {name: content[name] for name in usual if name in content}
+    data.expect(path, stats, usual)
+    shown = replace(source.subset(range(min(16, len(source)))), skipped=None, **stats)
+    (imgs,), _ = next(iter(data.Loader(args, shown, [data.View(args.img_size)], train=False)))
+    picture = Path(folder or Path(path).parent, "painted.png")
+    pictures(model, imgs, shown, picture)
+    data.say(f"{len(shown)} of {len(source)} pictures: see {picture}")
 
 
 if __name__ == "__main__":

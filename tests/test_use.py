@@ -305,7 +305,7 @@ def test_mae_repaints_pictures(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("words, told", [
-    ("--paint seen", "--paint needs a trained model: give --init FILE, the last.pt of a run"),
+    ("--paint seen", "--paint needs --init FILE, the last.pt of a run"),
     ("--paint no.png --init {}/mae/last.pt", "there is no picture or folder 'no.png'"),
     ("--paint seen --init {}/mae/encoder.pt", "is no whole model of mae: give the last.pt of that run"),
 ])
