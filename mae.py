@@ -255,7 +255,7 @@ def main():
 
 def paint(path, folder):
     """painted.png: what the model in the file at `path` makes of the pictures that --paint names"""
-    content = data.load_file(path)
+    content = data.load_file(path) if Path(path).exists() else {}   # if not, load_init says so
     with data.reading(path, "a model of mae.py"):
         flags = data.sound(content.get("flags", {}))
     own = {*RECIPE, "data", "model", "img_size", "patch_size"} - {"paint"}

@@ -1058,7 +1058,8 @@ def main():
     kept = data.resumed_flags(early, early.output_dir)
     mode, init = early.mode or kept.get("mode", "train"), early.init or kept.get("init", "")
     folder = f"{Path(init).parent / Path(init).stem}-{mode}" if init else f"out/vit-{mode}"
-    told = of_file(init, early.num_heads or kept.get("num_heads", 0)) if init else {}
+    there = bool(init) and Path(init).exists()                  # if not, it is said when it is needed
+    told = of_file(init, early.num_heads or kept.get("num_heads", 0)) if there else {}
     args = data.parse_args(__doc__, *RECIPES[mode], words=words, folder=folder, told=told)
     if args.export:
         export(init or data.stop("--export needs the encoder to write: give --init FILE"), args.export,
