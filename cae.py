@@ -1,6 +1,6 @@
 """CAE: Context Autoencoder for Self-Supervised Representation Learning (Chen et al., 2022), arXiv:2202.03026.
 
-Measured: ViT-micro/4, CIFAR-10, 7 epochs, one CPU core, 14 + 37 minutes: linear 52%, fine-tuned 60.3%.
+Measured: ViT-micro/4, CIFAR-10, two CPU cores, 8 + 20 minutes: k-NN 46%, linear 55% (untrained 33, 45).
 
 Separate learning to see from solving the task. The encoder reads the visible patches only. A regressor
 predicts, from them, what the encoder would have said of the hidden patches, and is held to it (alignment).
