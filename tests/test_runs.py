@@ -1101,7 +1101,7 @@ def test_log_averages_and_draws(capsys):
     """
     Path("run").mkdir()
     args = SimpleNamespace(output_dir="run", device="cpu", resume=False, log_every=2, epochs=2, batch_size=8,
-                           eval_every=1, save_every=1)
+                           eval_every=1, save_every=1, flags={"seed": -1})
     source = SimpleNamespace(labels=torch.arange(4))
     loader = SimpleNamespace(epoch_steps=5, total_steps=10, skipped=set(), source=source)
     with guarded():

@@ -66,10 +66,10 @@ def test_what_is_typed_wins_over_the_file(trained):
 
 
 @pytest.mark.parametrize("size, model, recipe", [("micro", "micro", "laptop"), ("tiny", "tiny", "small"),
-                                                 ("large", "large", "imagenet")])
+                                                 ("base", "base", "imagenet")])
 def test_the_column_follows_the_model_of_the_file(size, model, recipe):
     """An official file, of 64 px in 16 px patches: its size chooses among the columns and in their cells."""
-    encoder = vit.ViT(64, 16, **vit.SIZES[size] | {"depth": vit.SIZES[size]["depth"]})
+    encoder = vit.ViT(64, 16, **vit.SIZES[size])
     torch.save({"model": encoder.state_dict()}, "official.pth")
     told = vit.of_file("official.pth")
     assert told == {"img_size": 64, "patch_size": 16, "model": model}
@@ -77,7 +77,7 @@ def test_the_column_follows_the_model_of_the_file(size, model, recipe):
     args = data.parse_args("", *vit.RECIPES["finetune"], told=told, folder="out/x",
                            words=shlex.split(f"--mode finetune --data {name}"))
     assert (args.recipe, args.model, args.img_size, args.patch_size) == (recipe, model, 64, 16)
-    assert args.epochs == {"laptop": 3, "small": 100, "imagenet": 50}[recipe]       # 50: large's
+    assert args.epochs == {"laptop": 3, "small": 100, "imagenet": 100}[recipe]
 
 
 # ---- a classifier ----
