@@ -1549,8 +1549,8 @@ def test_steps_draw_anew_in_every_step_and_rank(monkeypatch):
 
 
 def test_max_steps_and_large_batches(capsys):
-    """--max_steps ends early, never late; a batch larger than the set is cut to it, with its learning rate, to
-    what the parts divide; fewer images than parts end in one sentence."""
+    """--max_steps ends early, never late; a batch larger than the set is cut to it, with its learning rate,
+    to what the parts divide; fewer images than parts end in one sentence."""
     assert data.Loader(make_args(max_steps=3), numbered(40), [data.View(8)]).total_steps == 3
     assert data.Loader(make_args(max_steps=99), numbered(40), [data.View(8)]).total_steps == 10
     args = make_args(batch_size=63, accum_steps=3, blr=0.256, lr=0.063)

@@ -42,6 +42,18 @@ def pictures(folder, n=3, side=8):
     return paths, labels
 
 
+def rename_classes(monkeypatch):
+    """The same images, their classes under names that no file has"""
+    load = data.load_sets
+
+    def others(args):
+        sets = load(args)
+        for source in sets:
+            source.classes = [f"new {name}" for name in source.classes]
+        return sets
+    monkeypatch.setattr(data, "load_sets", others)
+
+
 def flags_of(folder):
     return json.loads(Path(folder, "args.json").read_text())["flags"]
 
@@ -144,14 +156,7 @@ def test_a_file_without_a_classifier(trained, capsys):
 
 
 def test_eval_on_other_classes(trained, capsys, monkeypatch):
-    load = data.load_sets
-
-    def others(args):
-        sets = load(args)
-        for source in sets:
-            source.classes = [f"new {name}" for name in source.classes]
-        return sets
-    monkeypatch.setattr(data, "load_sets", others)
+    rename_classes(monkeypatch)
     said = sentence(f"vit.py --mode eval --init {trained}/train/encoder.pt --output_dir run", capsys)
     assert "was not trained to tell new bars" in said
 
@@ -164,14 +169,7 @@ def test_finetuning_goes_on_with_a_classifier_of_the_same_classes(trained, capsy
     assert first["step"] == 0
     assert first["accuracy"] == pytest.approx(result_of(trained / "train")["accuracy"], abs=1e-3)
     assert "going on with the classifier of" in capsys.readouterr().out
-    load = data.load_sets
-
-    def others(args):
-        sets = load(args)
-        for source in sets:
-            source.classes = [f"new {name}" for name in source.classes]
-        return sets
-    monkeypatch.setattr(data, "load_sets", others)
+    rename_classes(monkeypatch)
     run(f"{flags} --batch_size 20 --output_dir other")
     assert log_of("other")[0]["val_loss"] == pytest.approx(np.log(10), abs=1e-3)    # a new head says nothing
 
