@@ -35,7 +35,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.request
 import zipfile
@@ -1230,7 +1229,7 @@ def parse_args(doc, *recipe, words=None, folder=None, told=()):
     if "lr" in typed or "blr" in typed:  # the typed one of the two wins over the recipe's
         args.lr, args.blr = typed.setdefault("lr", 0.0), typed.setdefault("blr", 0.0)
     args.flags, args.typed = dict(vars(args)), set(typed)
-    args.method, args.why, args.words = Path(folder).name, why, words
+    args.method, args.why = Path(folder).name, why
     args.lr = args.lr or args.blr * args.batch_size / 256
     check_together(args)
     return args
@@ -1533,29 +1532,11 @@ def open_log(args, model, loader, start, trivial, **levels):
         f"trivial level of the loss: {trivial}; run folder: {args.output_dir}")
     if (args.device == "cpu" and args.recipe in ("small", "imagenet") and world_size() == 1
             and not (args.max_steps or args.resume)):
-        say(f"without a GPU this takes {time_here(args, args.recipe, n)} here, with --recipe laptop "
-            f"{time_here(args, 'laptop', n)} (without evaluations, from a few timed steps)")
+        say("without a GPU this may take days ('left' will tell): --recipe laptop is made for CPUs")
     if loader.all_steps < 100:
         say(f"only {loader.all_steps} steps, too few to learn much: name more --epochs, or a smaller "
             f"--batch_size")
     return Log(args, loader, start, **levels)
-
-
-def time_here(args, recipe, images):
-    """In words, how long this script takes here with a column of its recipe, from a few steps of it."""
-    few = str(max(1, min(16, images // 4)))
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, sys.argv[0], *args.words, "--recipe", recipe, "--output_dir", folder,
-             "--batch_size", few, "--accum_steps", "1", "--max_steps", "5", "--log_every", "1",
-             "--eval_every", "0", "--holdout", few], capture_output=True, text=True)
-        if done.returncode:
-            return f"an unknown time ({done.stderr.strip().splitlines()[-1]})"
-        lines = map(json.loads, Path(folder, "log.jsonl").read_text().splitlines())
-        rates = [line["images/s"] for line in lines if "images/s" in line]
-        epochs = json.loads(Path(folder, "args.json").read_text())["flags"]["epochs"]
-    hours = epochs * images / sorted(rates)[len(rates) // 2] / 3600
-    return f"about {hours:.0f} hours" if hours >= 2 else f"about {60 * hours:.0f} minutes"
 
 
 # ---- log ----

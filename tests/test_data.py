@@ -16,8 +16,6 @@ import os
 import pickle
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import threading
@@ -1714,7 +1712,7 @@ def test_choice_of_the_recipe(words, recipe, why, pixels, model):
     data set gives the image and patch size whatever the recipe is, and the column all other values."""
     args = parse(words, mae.RECIPE)
     assert (args.recipe, args.why, args.model) == (recipe, why, model)
-    assert (args.img_size, args.patch_size) == pixels and args.words == words.split()
+    assert (args.img_size, args.patch_size) == pixels
     column = data.COLUMNS.index(recipe)
     assert (args.epochs, args.batch_size) == ((16, 44, 400, 800)[column], (64, 128, 512, 4096)[column])
     assert args.weight_decay == 0.05 and args.norm_pix_loss is (recipe != "shapes")
@@ -1812,55 +1810,17 @@ def test_help_shows_the_method_first(words, recipe, epochs, monkeypatch, capsys)
         assert f" {told} " in flat
 
 
-def test_time_here_reads_a_short_run(monkeypatch):
-    """The time is that of all epochs of the asked recipe at the median of the timed rates, in hours or
-    minutes; a run that fails is quoted. The short run gets the typed words, then its own."""
-    rates, epochs, asked = [1.0, 50.0, 90.0, 40.0, 60.0], 100, []
-
-    def fake_run(command, **_):
-        asked.append(command)
-        folder = Path(command[command.index("--output_dir") + 1])
-        (folder / "log.jsonl").write_text("".join(json.dumps({"images/s": rate}) + "\n" for rate in rates))
-        (folder / "args.json").write_text(json.dumps({"flags": {"epochs": epochs}}))
-        return subprocess.CompletedProcess(command, 2 * (epochs == 0), "", "\nmae.py: too bad\n")
-
-    monkeypatch.setattr(subprocess, "run", fake_run)
-    monkeypatch.setattr(sys, "argv", ["mae.py"])
-    args = argparse.Namespace(words=["--data", "shapes", "--batch_size", "64"])
-    assert data.time_here(args, "small", 7200) == "about 4 hours"           # 100 x 7200 / 50 s
-    epochs = 20
-    assert data.time_here(args, "laptop", 7200) == "about 48 minutes"
-    epochs = 0
-    assert data.time_here(args, "laptop", 7200) == "an unknown time (mae.py: too bad)"
-    for command, recipe in zip(asked, ("small", "laptop", "laptop")):
-        assert command[:6] == [sys.executable, "mae.py", *args.words]
-        typed = dict(zip(command[6::2], command[7::2]))
-        assert (typed["--recipe"], typed["--batch_size"], typed["--eval_every"]) == (recipe, "16", "0")
-        assert not Path(typed["--output_dir"]).exists()
-
-
-@pytest.mark.parametrize("script, mode", [(mae, ""), (vit, "--mode linear")])
-def test_time_here_of_a_true_run(script, mode, tmp_path, monkeypatch):
-    """A script takes a few steps of the recipe "small" on a few pictures (here within this process), leaves
-    what is read, whatever else it logs, and the time is said."""
-    root, true_run = write_folders(tmp_path, each=24), subprocess.run
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def run_here(command, **options):
-        if command[1] != "script.py":                           # git's, for args.json
-            return true_run(command, **options)
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", command[1:])
-            script.main()
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(subprocess, "run", run_here)
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    words = f"--data {root} --model micro --img_size 16 --patch_size 4 --device cpu --num_workers 0 {mode}"
-    try:
-        text = data.time_here(argparse.Namespace(words=words.split()), "small", 10_000)
-    finally:
-        for number, handler in handlers.items():                # the log of a run sets them
-            signal.signal(number, handler)
-    number, unit = text.removeprefix("about ").split()
-    assert text.startswith("about ") and unit in ("hours", "minutes") and int(number) > 0
+@pytest.mark.parametrize("words, images, told", [
+    ("--recipe small --epochs 40", 5120, ["without a GPU"]), ("--recipe laptop --epochs 4", 5120, []),
+    ("--recipe laptop --epochs 1", 5120, ["only 40 steps"]), ("--recipe small --max_steps 9", 51200, []),
+    ("--recipe small --epochs 1", 5120, ["without a GPU", "only 10 steps"])])
+def test_a_run_says_at_its_start_what_it_will_not_reach(words, images, told, monkeypatch, capsys):
+    """A run made for GPUs on a CPU, and one of few steps, are warned of, each in a line of its own; a trial
+    of a few steps is not."""
+    args = parse(f"{words} --device cpu --amp none", mae.RECIPE)
+    source = data.Images(torch.zeros(images, 3, 1, 1, dtype=torch.uint8), torch.zeros(images), [""], (), ())
+    monkeypatch.setattr(data, "Log", lambda *rest, **levels: "a log")
+    loader = data.Loader(args, source, [])
+    assert data.open_log(args, torch.nn.Linear(1, 1), loader, 0, "1.0") == "a log"
+    lines = capsys.readouterr().out.splitlines()[4:]
+    assert [next(sign for sign in told if line.startswith(sign)) for line in lines] == told
