@@ -985,11 +985,12 @@ def probe_pictures(args, encoder, probes, val_set):
 
 # ---- the script ----
 
-def build(args, num_classes, pool, classes=()):
+def build(args, num_classes, pool, classes=(), content=None):
     """The ViT to train or judge: from --init FILE, or new. -> model, (mean, std) of its pixels or None
 
     classes: names of the data set's. A file's head is taken by eval and predict, and by finetune if it is for
-    these classes. `model.classes` are the names in the file, if it has some."""
+    these classes. `model.classes` are the names in the file, if it has some. content: of the file, where it
+    is read already."""
     if args.model == "cnn":
         for name in sorted(args.typed & {"pool", "pos", "rel_pos", "layer_scale", "stem", "drop_path"}):
             data.say(f"--{name} is not used: --model cnn")
@@ -999,7 +1000,7 @@ def build(args, num_classes, pool, classes=()):
         options |= SIZES[args.model] | dict(pos=args.pos, rel_pos=args.rel_pos,
                                             layer_scale=args.layer_scale, stem=args.stem)
         return ViT(**options, patch_size=args.patch_size, drop_path=getattr(args, "drop_path", 0.0)), None
-    content, ready = data.load_file(args.init), args.mode in ("eval", "predict")
+    content, ready = content or data.load_file(args.init), args.mode in ("eval", "predict")
     state, config, mean, std = read_encoder(args.init, args.num_heads, content, args.mode == "finetune")
     head, names = state.get("head.weight"), content.get("classes", [])
     if ready and head is None:
@@ -1034,9 +1035,8 @@ def build(args, num_classes, pool, classes=()):
     return model, (mean, std)
 
 
-def of_file(path, num_heads=0):
-    """What the encoder at `path` decides where it is not typed -> {flag: value}"""
-    content = data.load_file(path)
+def of_file(path, content, num_heads=0):
+    """What the encoder at `path`, of this content, decides where it is not typed -> {flag: value}"""
     _, config, _, _ = read_encoder(path, num_heads, content)
     told = {name: config[name] for name in ("img_size", "patch_size")}
     told |= {"model": name for name, size in SIZES.items() if size.items() <= config.items()}
@@ -1058,8 +1058,8 @@ def main():
     kept = data.resumed_flags(early, early.output_dir)
     mode, init = early.mode or kept.get("mode", "train"), early.init or kept.get("init", "")
     folder = f"{Path(init).parent / Path(init).stem}-{mode}" if init else f"out/vit-{mode}"
-    there = bool(init) and Path(init).exists()                  # if not, it is said when it is needed
-    told = of_file(init, early.num_heads or kept.get("num_heads", 0)) if there else {}
+    content = data.load_file(init) if init and Path(init).exists() else None    # else `build` says so
+    told = of_file(init, content, early.num_heads or kept.get("num_heads", 0)) if content else {}
     args = data.parse_args(__doc__, *RECIPES[mode], words=words, folder=folder, told=told)
     if args.export:
         export(init or data.stop("--export needs the encoder to write: give --init FILE"), args.export,
@@ -1080,7 +1080,7 @@ def main():
             data.stop("--mode predict is for one process: start it without torchrun")
         data.choose_device(args)
         source = data.pictures_at(args.images)
-        model, (source.mean, source.std) = build(args, 0, "cls")
+        model, (source.mean, source.std) = build(args, 0, "cls", content=content)
         predict(args, model.to(args.device), source)
         return
     data.setup(args)
@@ -1090,7 +1090,7 @@ def main():
     if args.label_fraction < 1:
         train_set = label_subset(train_set, args.label_fraction)
     model, stats = build(args, len(train_set.classes) if mode in ("train", "finetune") else 0,
-                         args.pool if mode in ("train", "finetune") else "cls", train_set.classes)
+                         args.pool if mode in ("train", "finetune") else "cls", train_set.classes, content)
     if stats:                                                   # the pixels as the encoder knows them
         for source in (train_set, val_set):
             source.mean, source.std = stats

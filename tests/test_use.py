@@ -83,7 +83,7 @@ def test_the_column_follows_the_model_of_the_file(size, model, recipe):
     """An official file, of 64 px in 16 px patches: its size chooses among the columns and in their cells."""
     encoder = vit.ViT(64, 16, **vit.SIZES[size])
     torch.save({"model": encoder.state_dict()}, "official.pth")
-    told = vit.of_file("official.pth")
+    told = vit.of_file("official.pth", data.load_file("official.pth"))
     assert told == {"img_size": 64, "patch_size": 16, "model": model}
     name = "imagenet" if recipe == "imagenet" else "cifar10"
     args = data.parse_args("", *vit.RECIPES["finetune"], told=told, folder="out/x",
