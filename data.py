@@ -465,7 +465,7 @@ def load_sets(args):
         sets, stats = [read_cifar(name, data_dir, train) for train in (True, False)], STATS[name]
     else:
         root = data_dir / "imagenet" if name == "imagenet" else Path(name or stop("--data is empty"))
-        sets = read_folders(root, args.holdout)
+        sets = read_folders(root, args.holdout, getattr(args, "mode", "") == "eval")
         stats = STATS["imagenet"]
     sets = [Images(imgs, labels, classes, *stats) if isinstance(imgs, list) else
             Images(imgs.to(args.device), labels.to(args.device), classes, *stats)
@@ -507,11 +507,16 @@ def pictures_at(places):
     return Images(paths, torch.zeros(len(paths), dtype=torch.long), [""], *STATS["imagenet"])
 
 
-def read_folders(root, holdout):
-    """root/train/<class>/* and root/val/<class>/*; with holdout the first alone, or root/<class>/*.
+def read_folders(root, holdout, judged=False):
+    """root/train/<class>/* and root/val/<class>/*; with holdout the first alone, or root/<class>/*; where
+    nothing is learned (judged) root/val/<class>/*, or root/<class>/*, twice.
 
     -> [(paths, labels, classes) of each]"""
     split = (root / "train").is_dir() or (root / "val").is_dir()
+    if judged and not holdout:
+        if not split:
+            say(f"all images of {root} are judged: if training saw them, give the --holdout of that run")
+        return [scan_folder(root / "val" if split else root)] * 2
     sets = [scan_folder(root / "train" if split else root)]
     classes = sets[0][2]
     if len(classes) == 1:

@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -153,6 +154,28 @@ def test_a_file_without_a_classifier(trained, capsys):
         said = sentence(f"vit.py --mode {mode} --init {trained}/mae/encoder.pt --output_dir run", capsys)
         assert "has no classifier" in said and "--mode finetune gives it one" in said
         assert "give --init FILE" in sentence(f"vit.py --device cpu --mode {mode} --output_dir run", capsys)
+
+
+def test_eval_needs_no_training_images(trained, capsys):
+    """Class folders alone, of as many kinds as there are, or val/ without train/; --holdout is that of a
+    run, which set these aside. What may be a judgement of training images is said."""
+    imgs, labels = data.draw_shapes(30, 8, seed=5)
+    for img, (i, label) in zip(imgs, enumerate(labels.tolist())):
+        for root in ("plain", "split/val"):
+            folder = Path(root, list(data.SHAPES)[label])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(img.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    command = f"vit.py --device cpu --amp none --mode eval --num_workers 0 --init {trained}/train/encoder.pt"
+    for root, told in (("plain", True), ("split", False)):
+        run(f"{command} --data {root} --output_dir {root}-run")
+        assert ("all images of plain are judged" in capsys.readouterr().out) == told
+    right = [round(result_of(f"{root}-run")["accuracy"] * 30 / 100, 6) for root in ("plain", "split")]
+    assert right[0] == right[1] == int(right[0])
+    run(f"{command} --data plain --holdout 7 --output_dir few")
+    assert round(result_of("few")["accuracy"] * 7 / 100, 6).is_integer()
+    shutil.rmtree("split/val/ring")
+    run(f"{command} --data split --output_dir fewer")
+    assert "ring" not in result_of("fewer")["classes"]
 
 
 def test_eval_on_other_classes(trained, capsys, monkeypatch):
