@@ -1118,7 +1118,7 @@ COMMON = {
                 ("auto", "bf16", "fp16", "none")),
         "compile": (None, "compile the model with torch.compile (default: on CUDA only)"),
         "log_every": (50, "steps between two lines of the log", "[1, 1e9]"),
-        "eval_every": ((6, 50, 25, 50), "epochs between evaluations; 0: none at all", "[0, 1e9]"),
+        "eval_every": ((6, 5, 25, 50), "epochs between evaluations; 0: none at all", "[0, 1e9]"),
         "save_every": ((1, 1, 5, 1), "epochs between two checkpoints", "[1, 1e9]"),
         "max_steps": (0, "stop after this many steps; 0: run all epochs", "[0, 1e9]")}}
 
