@@ -1196,7 +1196,7 @@ def parse_args(doc, *recipe, words=None, folder=None, told=()):
 
     recipe: tables {flag: row}, see COMMON; the later ones win. words: the command line without the script;
     sys.argv's if not given. folder: output_dir is <folder>-<data> if not given. told: {flag: value} that a
-    file decides, before the recipe; of data, model, img_size and patch_size.
+    file decides, before the recipe.
     -> argparse.Namespace, with grid = img_size / patch_size
     Raises: exits with one sentence on a wrong value."""
     words, folder = sys.argv[1:] if words is None else words, folder or f"out/{Path(sys.argv[0]).stem}"
@@ -1245,9 +1245,8 @@ def as_words(kept, values):
     words = []
     for name, value in kept.items():
         if name in values and value is not None:
-            if isinstance(values[name], list):                  # of old a text, or one number
-                value = value.split(",") if isinstance(value, str) else map(str, np.atleast_1d(value))
-                words += [f"--{name}", *value]
+            if isinstance(values[name], list):
+                words += [f"--{name}", *map(str, value)]
             else:
                 switch = f"--{'no-' * (not value)}{name}"
                 words.append(switch if isinstance(value, bool) else f"--{name}={value}")
@@ -1658,7 +1657,7 @@ class Log:
         return done == self.loader.total_steps or not done % (epochs * self.loader.epoch_steps)
 
     def evaluates(self, done):
-        """After `done` steps: at the start of a run, after one epoch, after every --eval_every ones."""
+        """After `done` steps: at the start and the end, after one epoch, after every --eval_every ones."""
         if not self.args.eval_every or done <= self.evaluated:
             return False
         return done == self.loader.epoch_steps or self.every(self.args.eval_every, done)
@@ -1711,11 +1710,15 @@ class Log:
 
 
 def reference(args):
-    """The log of a run with these flags in .github/results, if there is one. -> its lines"""
+    """The log of a run of this script with these flags in .github/results, if there is one. -> its lines
+
+    A flag that the script did not have then is as it was, unless it is typed."""
     own = {*args.flags} - {*COMMON["run"]} - {"data_dir", "num_workers"}
     for path in sorted(Path(__file__).parent.glob(".github/results/*/log.jsonl")):
-        flags = json.loads(path.with_name("args.json").read_text())["flags"]
-        if all(args.flags[name] == flags.get(name) for name in own & {*flags}) and len(own - {*flags}) < 2:
+        about = json.loads(path.with_name("args.json").read_text())
+        flags, script = about["flags"], Path(about["command"].split()[0]).name
+        if (script == Path(sys.argv[0]).name and not args.typed & (own - {*flags})
+                and all(args.flags[name] == flags[name] for name in own & {*flags})):
             return read_log(path)
     return []
 
@@ -1981,8 +1984,6 @@ def differences(args, flags, names=()):
     shape a model. "" if nowhere."""
     own = args.flags | {"images": getattr(args, "images", "")} if flags else {}   # none where it paints
     names = names or ({*flags} - {*merge(*COMMON.values())} | {"model", "img_size", "patch_size"})
-    if str(own.get("images")).startswith(f"{flags.get('images')} "):    # an old file knows the number alone
-        own["images"] = flags["images"]
     return ", ".join(f"--{name} {flags[name]} there and {own[name]} here" for name in sorted(names)
                      if name in flags and name in own and flags[name] != own[name])
 
@@ -2178,16 +2179,11 @@ def chosen(source, n):
     return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:n]
 
 
-def sample(source, n):
-    """The `chosen` n images of a set, or the set itself if it has no more"""
-    return source.subset(chosen(source, n)) if n < len(source) else source
-
-
 def monitored(train_set, val_set):
     """What evaluations on the way read, so that they stay cheap beside the training: 10,000 training images,
     or 50 a class, and a quarter as many validation images; always the same, or runs could not be compared."""
     most = max(10_000, 50 * len(train_set.classes))
-    return sample(train_set, most), sample(val_set, most // 4)
+    return [source.subset(chosen(source, n)) for source, n in ((train_set, most), (val_set, most // 4))]
 
 
 def effective_rank(x):

@@ -8,7 +8,7 @@ a softmax whose temperature tau falls, until the mixture is nearly one code. BEi
 
     L = ( -sum_pixels log p(x | y) + beta sum_i KL(q_i || uniform) ) / (3 H W)       mean over the images
     y_i = softmax((logits_i + g) / tau)      g ~ Gumbel(0, 1)       q_i = softmax(logits_i)
-    log p: a Laplace density of logit(t), t = 0.8 x + 0.1;  with --recon mse: a Gaussian of sigma 0.1
+    log p: the density of t = 0.8 x + 0.1 if logit(t) is Laplace (A.3); --recon mse: a Gaussian, sigma 0.1
     token_i = argmax_k logits_ik             without noise: what `tokens` gives
 
 `knn_words` in the log says what the codes alone tell of an image: a k-NN vote on how often each occurs in it.

@@ -6,10 +6,10 @@ Hide 75% of the patches of an image at random. The encoder, a ViT, sees only the
 small decoder gets the encoded patches, a mask token at every hidden place, and paints the pixels that are
 missing.
 
-    L = 1/|M| sum_{i in M} 1/P sum_p (pred_ip - target_ip)^2         M: the hidden patches of all images
+    L = 1/|M| sum_{i in M} 1/P sum_j (pred_ij - target_ij)^2         M: the hidden patches of all images
     target_i = (patch_i - mean(patch_i)) / sqrt(var(patch_i) + 1e-6) with norm_pix_loss, else patch_i
 
-Shapes: B images, N patches (no cls), V visible, D, E width of encoder, decoder, P = 3 p^2 values per patch.
+Shapes: B images, N patches (no cls), V visible, D, E width of encoder, decoder, P = 3 p^2 values of a patch.
 
     python mae.py --data shapes                             # CPU, offline, 4.5 minutes: k-NN 16 -> 38%
     python mae.py --model micro                             # CIFAR-10, CPU, half an hour

@@ -5,7 +5,7 @@ Measured: supervised ViT-micro/4, CIFAR-10, 13 epochs, one CPU core, 50 minutes:
 Cut an image into patches, give each a linear embedding and a position, put a learned class token in front,
 and let a Transformer encoder read the sequence; a linear classifier reads the class token, or the mean of the
 patches. A convolution assumes that neighbours belong together and that a pattern means the same everywhere; a
-ViT must learn both, and with few images it shows (--stem conv, the paper's hybrid, gives some of it back).
+ViT must learn both, and with few images it shows (--stem conv, a hybrid as in 3.1, gives some of it back).
 
     x_0 = [cls; patches E] + pos      x'_l = x_l + MSA(LN(x_l))      x_{l+1} = x'_l + MLP(LN(x'_l))
     logits = W LN(mean of the patches of x_L); with --pool cls W LN(x_L)[0]
@@ -61,7 +61,7 @@ from torch import nn
 import data
 
 # ============================================================================================================
-#  THE NETWORK: what the seven methods share
+#  THE NETWORK: what the methods share
 # ============================================================================================================
 
 SIZES = {
@@ -325,7 +325,7 @@ class CNN(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x))))))); more channels come with half the resolution."""
+    """x + conv(relu(norm(conv(relu(norm(x)))))); more channels come with half the resolution."""
 
     def __init__(self, a, b):
         super().__init__()
@@ -387,7 +387,7 @@ def rescale(blocks, first=1):
 #  TRAINING AND JUDGING
 # ============================================================================================================
 
-# one value, or four: shapes, laptop, small, imagenet (MAE's tables 10, 11, CAE's 6.3); meaning; range
+# one value, or four: shapes, laptop, small, imagenet (MAE's tables 9 to 11, CAE's 6.3); meaning; range
 SHARED = {
     "mode":           ("train", "what to do", ("train", "finetune", "linear", "attentive", "knn", "eval",
                                                "predict", "features")),
@@ -590,19 +590,17 @@ def supervised(args, train_set, val_set, model):
     return result
 
 
-@torch.no_grad()
 def evaluate(args, model, val_set):
     """Top-1 accuracy in % and cross-entropy on the validation images, each counted once."""
     model.eval()
-    sums = torch.zeros(2, device=args.device)
-    for (imgs,), labels in data.Loader(args, val_set, [data.View(args.img_size)], train=False):
-        with data.autocast(args):
-            logits = model.forward(imgs)                        # .forward: not compiled for this shape
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        sums += torch.stack([(logits.argmax(-1) == labels).sum(), loss])
+    logits, labels = data.encode(args, model.forward, val_set)  # .forward: not compiled for this shape
     model.train()
-    right, loss = (data.all_sum(sums) / len(val_set)).tolist()
-    return {"accuracy": right * 100, "val_loss": loss}
+    return {"accuracy": percent(logits.argmax(1) == labels),
+            "val_loss": F.cross_entropy(logits, labels).item()}
+
+
+def percent(right):
+    return right.double().mean().item() * 100
 
 
 # ---- linear and attentive ----
@@ -788,7 +786,7 @@ def logistic(args, train_set, val_set, encoder):
 
         def accuracy(rows, x, y, penalty):                      # % of (x, y), learned from `rows`
             layer = fit_logistic(a[rows], train_y[rows], len(train_set.classes), penalty)
-            return (layer(x).argmax(1) == y).float().mean().item() * 100
+            return percent(layer(x).argmax(1) == y)
         aside = {penalty: accuracy(kept, a[~kept], train_y[~kept], penalty) for penalty in PENALTIES}
         penalties[name] = max(aside, key=aside.get)
         right[name] = aside[penalties[name]]
@@ -817,8 +815,7 @@ def knn(args, train_set, val_set, encoder):
     result = {}
     for feature, a, b in zip(("cls", "mean"), train_x.chunk(2, 1), x.chunk(2, 1)):
         guesses = data.knn_vote(a, train_y, b, (10, 20, 100, 200), len(train_set.classes))
-        result |= {f"{feature}_k{k}": (guess == y).float().mean().item() * 100
-                   for k, guess in guesses.items()}
+        result |= {f"{feature}_k{k}": percent(guess == y) for k, guess in guesses.items()}
     pictures(args, encoder, val_set)
     return result
 

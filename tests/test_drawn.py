@@ -1,6 +1,8 @@
 """What a run draws cannot mislead: which images it shows, on which scale, and beside what."""
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,7 +59,7 @@ def test_the_images_of_a_set_in_memory():
     source = data.Images(imgs, torch.zeros(200, dtype=torch.long), ["a"], **vars(PLAIN))
     shown = (data.some_images(make_args(), source)[:, 0, 0, 0] * 255).round().long()
     assert torch.equal(shown, data.chosen(source, 8)) and len(shown.unique()) == 8
-    assert torch.equal(data.sample(source, 50).imgs[:8, 0, 0, 0].long(), shown)
+    assert torch.equal(data.monitored(source, source)[0].imgs[:8, 0, 0, 0].long(), shown)
     assert sorted(data.chosen(source, 999).tolist()) == list(range(200))
 
 
@@ -137,19 +139,35 @@ def test_curves_say_what_is_good(tmp_path, monkeypatch):
 
 
 def test_a_run_of_the_readme_lies_behind_the_same_recipe(tmp_path, monkeypatch):
-    """Grey: a log in .github/results of the same flags, whatever folder, device or place of data they had."""
+    """Grey: a log in .github/results of this script with the same flags, whatever folder, device or place of
+    data it had; flags that it did not have yet are as they were, unless they are typed."""
     monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
     folder, lines = tmp_path / ".github/results/mae", [{"step": 0, "epoch": 0.0, "seconds": 1, "knn": 30.0}]
     folder.mkdir(parents=True)
     flags = {"epochs": 44, "seed": 0, "mask_ratio": 0.75, "output_dir": "out/x", "data_dir": "data"}
-    (folder / "args.json").write_text(json.dumps({"flags": flags}))
+    (folder / "args.json").write_text(json.dumps({"flags": flags, "command": "/code/mae.py --model micro"}))
     (folder / "log.jsonl").write_text(json.dumps(lines[0]) + "\n")
     here = {"output_dir": "here", "data_dir": "/data", "device": "cpu"}
-    assert data.reference(SimpleNamespace(flags=flags | here)) == lines
-    assert data.reference(SimpleNamespace(flags=flags | here | {"a_new_flag": 1})) == lines
-    for other in ({"seed": 1}, {"mask_ratio": 0.5}):
-        assert data.reference(SimpleNamespace(flags=flags | here | other)) == []
-    assert data.reference(SimpleNamespace(flags={"epochs": 44, "seed": 0, "pred_ratio": 0, "koleo": 0})) == []
+
+    def found(typed=(), **other):
+        return data.reference(SimpleNamespace(flags=flags | here | other, typed={*typed}))
+    monkeypatch.setattr(sys, "argv", ["mae.py"])
+    assert found() == found(new=1, newer=2) == found(["output_dir", "seed"], new=1) == lines
+    assert found(seed=1) == found(mask_ratio=0.5) == found(["new"], new=1) == []
+    monkeypatch.setattr(sys, "argv", ["elsewhere/cae.py"])
+    assert found() == []
+
+
+@pytest.mark.parametrize("command", ["mae.py --data shapes", "mae.py --model micro", "dvae.py --model micro",
+                                     "beit.py --model micro", "cae.py --model micro",
+                                     "ibot.py --model micro --img_size 24"])
+def test_the_commands_of_the_readme_have_their_run_behind_them(command, monkeypatch):
+    """The logs that are kept are of today's recipes: k-NN at the start and, higher, at the end."""
+    monkeypatch.setattr(sys, "argv", command.split())
+    script = importlib.import_module(command.split(".")[0])
+    lines = data.reference(data.parse_args("", script.RECIPE))
+    votes = [line[name] for line in lines for name in ("knn", "knn_words") if name in line]
+    assert len(votes) > 1 and votes[-1] > votes[0]
 
 
 def test_every_script_gives_its_curves_levels(monkeypatch):
