@@ -1,6 +1,6 @@
 """BEiT: BERT Pre-Training of Image Transformers (Bao et al., 2021), arXiv:2106.08254.
 
-Measured: ViT-micro/4, CIFAR-10, 9 epochs, one CPU core, 14 + 33 minutes: linear 45%, fine-tuned 56.3%.
+Measured: ViT-micro/4, CIFAR-10, two CPU cores, 8 + 21 minutes: k-NN 39%, linear 50%, fine-tuned 60%.
 
 Words for images: a tokenizer (dvae.py) turns an image into a grid of codes, one for each patch of the ViT.
 Hide blocks of patches behind a learned mask token, and let the ViT predict the codes of what is hidden. Codes
@@ -18,7 +18,7 @@ By default the ViT of the official code: relative position bias, one table for a
 --plain is the ViT of the paper's headline numbers: learned absolute positions, neither of the two.
 
     python beit.py --data shapes                            # CPU, after dvae.py --data shapes: k-NN 13 -> 30%
-    python beit.py --model micro                            # CIFAR-10, CPU, after dvae.py: not run to its end
+    python beit.py --model micro                            # CIFAR-10, CPU, 21 minutes, after dvae.py
     python beit.py                                          # CIFAR-10, ViT-Tiny/4, one GPU: not run yet
     torchrun --nproc_per_node=8 beit.py --data imagenet     # ViT-B/16, 800 epochs: not run yet
 

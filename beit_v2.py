@@ -1,7 +1,8 @@
 """BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers (Peng et al., 2022),
 arXiv:2208.06366.
 
-Measured: ViT-micro/4, CIFAR-10, 7 epochs, one CPU core, 13 + 44 minutes: linear 50%, fine-tuned 57.7%.
+Measured: ViT-micro/4, CIFAR-10, two CPU cores, 29 + 4 + 24 minutes (teacher, tokenizer, this): k-NN 46%,
+linear 54%, fine-tuned 60%.
 
 Two stages. VQ-KD: a tokenizer whose codes must suffice to rebuild the features of a teacher, so that they
 stand for meaning, not for colour. Then BEiT's masked prediction of these codes, with a second head: the class
@@ -24,7 +25,7 @@ The teacher is an encoder.pt of ours (MAE's by default, iBOT's, a supervised one
 vit.py reads (DINO, timm), or OpenAI's CLIP.
 
     python beit_v2.py --data shapes                         # CPU, both stages, after mae.py --data shapes
-    python beit_v2.py --model micro                         # CIFAR-10, CPU, after mae.py: not run to its end
+    python beit_v2.py --model micro                         # CIFAR-10, CPU, 28 minutes, after mae.py
     python beit_v2.py                                       # CIFAR-10, one GPU, after mae.py: not run yet
     torchrun --nproc_per_node=8 beit_v2.py --data imagenet  # 300 epochs, after mae.py: not run yet
 

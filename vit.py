@@ -670,10 +670,10 @@ def probed_layers(args, encoder, imgs):
 
 def make_probes(args, encoder, num_classes):
     """-> Probes, optimiser with one learning rate a probe. Names: "<feature> <base learning rate>", where a
-    feature is cls or mean of the encoder's output, cls-3 or mean-3 of the third block's, or attentive."""
+    feature is cls, mean or attentive, of the encoder's output, or cls-3, say, of the third block's."""
     config, probes, groups = encoder.config, Probes(), []
     layers, features = {"": -1}, POOLS if args.mode == "linear" else ("attentive",)
-    if args.mode == "linear" and args.layers == "all":
+    if args.layers == "all":
         layers |= {f"-{i + 1}": i for i in range(config["depth"])}
     for text, blr in {f"{blr:g}".replace(".", "_"): blr for blr in args.blrs}.items():  # no dots in names
         for suffix, feature in itertools.product(layers, features):
@@ -971,7 +971,7 @@ def probe_pictures(args, encoder, probes, val_set):
     torch.manual_seed(args.seed)
     untrained = ViT(**encoder.config).to(args.device).eval()
     imgs = data.some_images(args, val_set)
-    attention = best.pool.attention(probed_layers(args, encoder, imgs)[-1]).mean(1)[:, 1:]           # (B, N)
+    attention = best.pool.attention(probed_layers(args, encoder, imgs)[best.layer]).mean(1)[:, 1:]   # (B, N)
     rows = {"image": data.to_pixels(imgs, val_set),
             "attentive probe": attention.reshape(-1, args.grid, args.grid),
             "class token": cls_attention(encoder, imgs).mean(1),
@@ -1070,6 +1070,8 @@ def main():
         for flag in (word.split("=")[0] for word in words):
             if flag[2:] in {*LINEAR, "lr", "min_lr"} - {"optimizer", "layers"}:
                 data.stop(f"{flag} is for probes that are trained step by step: add --optimizer sgd")
+    if mode == "predict" and args.images == [""]:
+        data.stop("--mode predict needs pictures: add --images with files, or folders of them")
     if mode in ("eval", "predict") and not init:
         data.stop(f"--mode {mode} needs a classifier: give --init FILE, of --mode train or finetune")
     if mode == "predict":
@@ -1097,9 +1099,10 @@ def main():
     judge = logistic if getattr(args, "optimizer", "") == "lbfgs" else kinds[mode]
     result = {"mode": mode, "data": args.data, "init": init or "random", "seed": args.seed,
               "label_fraction": args.label_fraction} | judge(args, train_set, val_set, model)
-    if mode == "linear" and args.layers == "all":
+    if getattr(args, "layers", "") == "all":
         numbers = [f"-{i + 1}" for i in range(model.config["depth"])] + [""]
-        lines = {feature: torch.tensor([result[feature + n] for n in numbers]) for feature in POOLS}
+        lines = {feature: torch.tensor([result[feature + n] for n in numbers])
+                 for feature in [*POOLS, "attentive"] if feature in result}
         data.save_plot(Path(args.output_dir) / "pictures" / "layers.png", lines, ylabel="accuracy in %",
                        xlabel=f"probed block; {len(numbers)}: the encoder's output, after its last norm")
     if data.rank() == 0:

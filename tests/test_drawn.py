@@ -279,7 +279,8 @@ def test_attention_stands_beside_the_untrained_networks(monkeypatch):
     assert torch.equal(rows["class token,\nuntrained"], rows["class token"])    # there was no --init
 
 
-@pytest.mark.parametrize("command", (LBFGS, f"{LINEAR} --max_steps 3"))
+@pytest.mark.parametrize("command", (LBFGS, f"{LINEAR} --max_steps 3",
+                                     f"vit.py {TINY} --mode attentive --batch_size 20 --max_steps 3"))
 def test_accuracy_is_drawn_against_the_block(command):
     """With --layers all: of each block and, last, of the output, as result.json says; not in curves.png."""
     drawn = []
@@ -290,8 +291,11 @@ def test_accuracy_is_drawn_against_the_block(command):
     run(f"{command} --layers all --output_dir run", prepare)
     result = json.loads(Path("run/result.json").read_text())
     lines = dict(drawn)[Path("run/pictures/layers.png")]
-    for feature in ("cls", "mean"):
+    features = ("attentive",) if "attentive" in command else ("cls", "mean")
+    assert tuple(lines) == features
+    for feature in features:
         wanted = [result[f"{feature}-1"], result[f"{feature}-2"], result[feature]]
         assert lines[feature].tolist() == pytest.approx(wanted)
     if Path("run/log.jsonl").exists():                         # of probes that are trained step by step
-        assert {"cls", "mean", "best"} <= log_of("run")[-1].keys() and "cls-1" not in log_of("run")[-1]
+        last = log_of("run")[-1].keys()
+        assert {*features, "best"} <= last and f"{features[0]}-1" not in last

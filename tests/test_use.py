@@ -247,7 +247,7 @@ def test_predict_leaves_out_what_is_no_picture(trained, capsys):
     assert "no pictures in 'empty'" in sentence(f"{command} empty", capsys)
     assert "there is no picture or folder 'no/such.png'" in sentence(f"{command} seen no/such.png", capsys)
     said = sentence(f"vit.py --mode predict --init {trained}/train/encoder.pt", capsys)
-    assert "there is no picture or folder ''" in said
+    assert "add --images" in said
 
 
 # ---- features ----
