@@ -400,6 +400,7 @@ def main():
     log = data.open_log(args, model, loader, start, f"{level:.3f} (one colour, no KL)", loss=level, nll=level)
 
     def evaluate(step):
+        torch.manual_seed(0)                                    # the same noise every time
         tau = half_cosine(step / loader.all_steps / args.tau_anneal, 1.0, args.tau)
         result, counts = monitor(args, ema, data.monitored(train_set, val_set)[1], whole, tau)
         pictures(ema, samples[:200], counts, log.picture(step))

@@ -636,6 +636,11 @@ PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 POOLS = {"cls": lambda tokens: tokens[:, 0], "mean": lambda tokens: tokens[:, 1:].mean(1)}
 
 
+def pooled(layers):
+    """Class token and mean of the patches of each layer: (B, 1 + N, D) each -> (B, 2 D for each)"""
+    return torch.cat([pool(tokens) for tokens in layers for pool in POOLS.values()], 1)
+
+
 class Probe(nn.Module):
     """BatchNorm without affine parameters, then a linear layer, on class token, mean, or attentive pool."""
 
@@ -774,11 +779,10 @@ def logistic(args, train_set, val_set, encoder):
     this; with --layers all the same images choose the best feature."""
     numbers = [f"-{i + 1}" for i in range(encoder.config["depth"]) if args.layers == "all"] + [""]
     names = [f"{feature}{number}" for number in numbers for feature in POOLS]
-
-    def features(imgs):
-        return torch.cat([pool(x) for x in probed_layers(args, encoder, imgs) for pool in POOLS.values()], 1)
     encoder.eval()
-    (train_x, train_y), (x, y) = (data.encode(args, features, source) for source in (train_set, val_set))
+    (train_x, train_y), (x, y) = (
+        data.encode(args, lambda imgs: pooled(probed_layers(args, encoder, imgs)), source)
+        for source in (train_set, val_set))
     kept, result, right, penalties = torch.arange(len(train_y)) % 10 > 0, {}, {}, {}
     for name, a, b in zip(names, train_x.chunk(len(names), 1), x.chunk(len(names), 1)):
         std, mean = torch.std_mean(a, 0)
@@ -802,18 +806,15 @@ def logistic(args, train_set, val_set, encoder):
 
 def encode_both(args, encoder, source):
     """Class token and mean of the patches of all images of a set -> (n, 2 D), labels (n,)"""
-    def both(imgs):
-        tokens = encoder.forward_features(imgs)
-        return torch.cat([pool(tokens) for pool in POOLS.values()], 1)
     encoder.eval()
-    return data.encode(args, both, source)
+    return data.encode(args, lambda imgs: pooled([encoder.forward_features(imgs)]), source)
 
 
 def knn(args, train_set, val_set, encoder):
     """Weighted k-NN on class token and mean of patches, no training. -> the entries of result.json"""
     (train_x, train_y), (x, y) = (encode_both(args, encoder, source) for source in (train_set, val_set))
     result = {}
-    for feature, a, b in zip(("cls", "mean"), train_x.chunk(2, 1), x.chunk(2, 1)):
+    for feature, a, b in zip(POOLS, train_x.chunk(2, 1), x.chunk(2, 1)):
         guesses = data.knn_vote(a, train_y, b, (10, 20, 100, 200), len(train_set.classes))
         result |= {f"{feature}_k{k}": percent(guess == y) for k, guess in guesses.items()}
     pictures(args, encoder, val_set)
