@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import dvae
+from dvae import prepare_tokenizer
 from vit import (SIZES, Block, ViT, cosine_lr, infer_config, init_beit, load_init, load_weights,
                  official_state, param_groups, read_encoder, renamed, rescale, set_lr, take)
 
@@ -422,21 +422,18 @@ def official_tokenizer(content):
     return state
 
 
-def load_tokenizer(path):
-    """The frozen tokenizer of a tokenizer.pt, or an official one.
+def load_vqkd(path, content):
+    """The frozen tokenizer of a tokenizer.pt of this file, or of an official one, with this content.
 
     Raises: exits with one sentence if the file is neither."""
-    content = data.load_file(path)
-    if content.get("method") == "dvae":                         # other codes for the same student
-        return dvae.load_tokenizer(path)
     with data.reading(path, "a tokenizer of beit_v2.py"):
         if content.get("method") == "beit_v2" and "num_codes" in content["config"]:
             state, config = content["model"], dict(content["config"])
         else:
             state = official_tokenizer(content)
             if "quantizer.codebook" not in state:
-                data.stop(f"{path} is no tokenizer of beit_v2.py: train one with --stage tokenizer, and give "
-                          f"its tokenizer.pt")
+                data.stop(f"{path} is no tokenizer: train one with python dvae.py, or with python beit_v2.py "
+                          f"--stage tokenizer, and give its tokenizer.pt")
             num_codes, code_dim = state["quantizer.codebook"].shape
             depth = len({name.split(".")[2] for name in state if "decoder.blocks." in name})
             config = {"encoder": read_encoder(path, content=content)[1], "num_codes": num_codes,
@@ -524,8 +521,7 @@ def pretrain(args):
     """Stage 2: masked prediction of the codes."""
     device = data.setup(args)
     train_set, val_set = data.load_sets(args)
-    path = args.tokenizer or f"out/beit_v2-tokenizer-{Path(args.data).name}/tokenizer.pt"
-    tokenizer = dvae.of_same_grid(args, path, load_tokenizer(path))
+    tokenizer = prepare_tokenizer(args, "beit_v2-tokenizer")
     jitter = (args.color_jitter,) * 3 + (0.0,) if args.color_jitter else None
     loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5,
                                                      jitter=jitter, tokenizer_size=tokenizer.img_size)])

@@ -249,34 +249,30 @@ def load_dalle(path, grid):
 
 
 def load_tokenizer(path, grid=14):
-    """The frozen dVAE of a tokenizer.pt: `tokens` reads pixels in [0, 1], `paint` gives them back.
+    """The frozen tokenizer in a file: `tokens` reads pixels in [0, 1], a dVAE's `paint` gives them back.
 
-    path may be DALL-E's encoder.pkl, too, beside its decoder.pkl: a network for any grid, it gets `grid`.
-    Raises: exits with one sentence if the file is missing, damaged, or no tokenizer of dvae.py."""
+    path: a tokenizer.pt of dvae.py or beit_v2.py, an official VQ-KD file, or DALL-E's encoder.pkl, beside its
+    decoder.pkl: a network for any grid, it gets `grid`. Raises: exits with one sentence if it is none."""
     if Path(path).suffix == ".pkl":
         return load_dalle(path, grid).requires_grad_(False).eval()
     content = data.load_file(path)
-    if content.get("method") == "beit_v2":                      # VQ-KD: other codes for the same student
-        from beit_v2 import load_tokenizer as load_vqkd
-        return load_vqkd(path)
     if content.get("method") != "dvae":
-        data.stop(f"{path} is no tokenizer of dvae.py: train one with python dvae.py, "
-                  f"and give its tokenizer.pt")
+        from beit_v2 import load_vqkd                           # other codes for the same student
+        return load_vqkd(path, content)
     model = data.build(path, DVAE, content.get("config"))
     return data.load_state(model, content.get("model"), path).requires_grad_(False).eval()
 
 
-def prepare_tokenizer(args):
-    """The tokenizer of --tokenizer, or the one that dvae.py left in its usual place."""
-    path = args.tokenizer or f"out/dvae-{Path(args.data).name}/tokenizer.pt"
+def prepare_tokenizer(args, run="dvae"):
+    """The tokenizer of --tokenizer, or the one that `run` left in its usual place, on its device.
+
+    Raises: exits with one sentence if there is none, or its grid is not that of the patches."""
+    path = args.tokenizer or f"out/{run}-{Path(args.data).name}/tokenizer.pt"
     if not args.tokenizer and not Path(path).exists():
-        data.stop(f"there is no {path}: train it with python dvae.py --data {args.data}, name one with "
-                  f"--tokenizer FILE, or predict pixels with --target pixels")
-    return of_same_grid(args, path, load_tokenizer(path, args.grid))
-
-
-def of_same_grid(args, path, tokenizer):
-    """The tokenizer on its device; one sentence if its grid is not that of the patches."""
+        script = run.removesuffix("-tokenizer")
+        data.stop(f"there is no {path}: train it with python {script}.py --data {args.data}, or name one "
+                  f"with --tokenizer FILE")
+    tokenizer = load_tokenizer(path, args.grid)
     if tokenizer.grid != args.grid:
         data.stop(f"{path} makes {tokenizer.grid} x {tokenizer.grid} tokens, but the ViT has {args.grid} x "
                   f"{args.grid} patches: use its --img_size and --patch_size, or train another tokenizer")

@@ -274,10 +274,24 @@ def test_the_tokenizer_is_found(tmp_path, monkeypatch):
     assert beit.prepare_tokenizer(args).img_size == 16
 
 
+def test_an_official_vqkd_file_is_a_tokenizer(tmp_path):
+    """As unilm writes it, whose encoder ends in `fc_norm`: the codes of the same network."""
+    model = beit_v2.VQKD(vit.ViT(32, 8, 48, 12, 4, pool="cls"), 24, 8, 1, 20)
+    names = {r"^quantizer\.codebook$": "quantize.embedding.weight", r"^quantizer": None,
+             r"^(encoder|decoder)\.norm\.": r"\1.fc_norm."}
+    torch.save({"model": vit.renamed(model.state_dict(), names)}, tmp_path / "vqkd.pth")
+    args = SimpleNamespace(tokenizer=str(tmp_path / "vqkd.pth"), data="cifar10", device="cpu", grid=4)
+    with pytest.MonkeyPatch.context() as patch:                 # no tensor tells the heads of this width
+        patch.setitem(vit.SIZES, "odd", dict(embed_dim=48, depth=12, num_heads=4))
+        tokenizer = beit.prepare_tokenizer(args)
+    imgs = torch.rand(3, 3, 32, 32)
+    assert torch.equal(tokenizer.tokens(imgs), model.eval().tokens(imgs))
+
+
 @pytest.mark.parametrize("name, words", (
     ("", "there is no out/dvae-cifar10/tokenizer.pt: train it with python dvae.py --data cifar10"),
     ("missing.pt", "there is no file missing.pt"),
-    ("encoder.pt", "encoder.pt is no tokenizer of dvae.py"),
+    ("encoder.pt", "encoder.pt is no tokenizer: train one with"),
     ("coarse.pt", "coarse.pt makes 4 x 4 tokens, but the ViT has 8 x 8 patches"),
 ))
 def test_a_tokenizer_that_does_not_fit(name, words, tmp_path, monkeypatch, capsys):

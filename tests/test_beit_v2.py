@@ -392,7 +392,7 @@ def test_tokenizer_file(options, tmp_path):
     with torch.no_grad():
         model.encode_task_layer[2].weight.mul_(100)             # as long as the codes
     save(tmp_path, model)
-    loaded, imgs = beit_v2.load_tokenizer(tmp_path / "tokenizer.pt"), torch.rand(3, 3, 32, 32)
+    loaded, imgs = dvae.load_tokenizer(tmp_path / "tokenizer.pt"), torch.rand(3, 3, 32, 32)
     assert torch.equal(loaded.tokens(imgs), model.tokens(imgs)) and len(model.tokens(imgs).unique()) > 1
     if "unit" in options:
         model.quantizer.unit = True
@@ -402,13 +402,12 @@ def test_tokenizer_file(options, tmp_path):
 
 
 def test_an_old_tokenizer_has_unit_vectors(tmp_path):
-    """Its config says nothing of them, and other scripts' loader reads it, too."""
+    """Its config says nothing of them."""
     model, imgs = tiny_vqkd(), torch.rand(3, 3, 32, 32)
     assert model.config.pop("unit") is True
     save(tmp_path, model)
-    for load in (beit_v2.load_tokenizer, dvae.load_tokenizer):
-        loaded = load(tmp_path / "tokenizer.pt")
-        assert loaded.quantizer.unit and torch.equal(loaded.tokens(imgs), model.tokens(imgs))
+    loaded = dvae.load_tokenizer(tmp_path / "tokenizer.pt")
+    assert loaded.quantizer.unit and torch.equal(loaded.tokens(imgs), model.tokens(imgs))
 
 
 @pytest.mark.parametrize("kind", ("unit", "any length", "dVAE"))
@@ -441,8 +440,8 @@ def test_picture_of_the_predicted_codes(kind, monkeypatch):
     ("--stage tokenizer", "there is no teacher out/mae-shapes/encoder.pt: train one with python mae.py"),
     ("--stage tokenizer --teacher other.pt", "other.pt is no encoder"),
     ("--stage tokenizer --teacher relative.pt", "has 4 x 4 patches and relative positions"),
-    ("--stage pretrain", "there is no file out/beit_v2-tokenizer-shapes/tokenizer.pt"),
-    ("--stage pretrain --tokenizer other.pt", "other.pt is no tokenizer of beit_v2.py: train one with"),
+    ("--stage pretrain", "there is no out/beit_v2-tokenizer-shapes/tokenizer.pt: train it with python beit_v2.py"),
+    ("--stage pretrain --tokenizer other.pt", "other.pt is no tokenizer: train one with"),
     ("--stage pretrain --tokenizer coarse.pt", "coarse.pt makes 4 x 4 tokens, but the ViT has 8 x 8 patches"),
     ("--stage pretrain --num_masked 64", "--num_masked 64 must lie between 1 and 63"),
     ("--stage pretrain --early_layer 7", "--early_layer 7 must lie between 1 and 6"),

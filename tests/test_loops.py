@@ -422,10 +422,8 @@ def test_hidden_patches_of_ibot(flags, begin, counts, blocks, runs):
 def test_targets_are_the_codes_of_the_same_crop(name, runs):
     """The tokenizer of out/ has read the pixels, not normalised, of what the model reads."""
     notes, world = runs(name), runs(name).folder.parent
-    if name == "beit_v2":
-        tokenizer = beit_v2.load_tokenizer(world / "out/beit_v2-tokenizer-shapes/tokenizer.pt")
-    else:
-        tokenizer = dvae.load_tokenizer(world / "out/dvae-shapes/tokenizer.pt")
+    folder = "beit_v2-tokenizer-shapes" if name == "beit_v2" else "dvae-shapes"
+    tokenizer = dvae.load_tokenizer(world / "out" / folder / "tokenizer.pt")
     mean, std = (torch.tensor(value)[:, None, None] for value in (notes.sets[0].mean, notes.sets[0].std))
     for note in notes.steps:
         for imgs, codes, _ in (part.inputs for part in note.parts):
@@ -592,8 +590,7 @@ def test_tokenizers_are_judged_as_exported(runs):
     """The log's last numbers are those of tokenizer.pt: the dVAE's divergence, and VQ-KD's codes in use."""
     for name, kind in (("dvae", "kl"), ("vqkd", "usage")):
         notes = runs(name)
-        load = dvae.load_tokenizer if name == "dvae" else beit_v2.load_tokenizer
-        model, imgs = load(notes.folder / "tokenizer.pt"), notes.val_set.imgs.float() / 255
+        model, imgs = dvae.load_tokenizer(notes.folder / "tokenizer.pt"), notes.val_set.imgs.float() / 255
         with torch.no_grad():
             wanted = model(imgs, 1.0, 0.0)[2].item() if name == "dvae" else len(
                 model.tokens(imgs).unique()) / CODES
