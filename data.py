@@ -455,7 +455,7 @@ def load_sets(args):
 
     With --holdout n, n training images leave the training set and stand in for the validation set.
     Raises: exits with one sentence if files are missing, damaged or cannot be downloaded."""
-    name, data_dir = args.data, Path(args.data_dir)
+    name, data_dir, judged = args.data, Path(args.data_dir), getattr(args, "mode", "") == "eval"
     if name == "shapes":
         sets = [(*draw_shapes(n, args.img_size, seed), list(SHAPES)) for n, seed in ((5000, 0), (1000, 1))]
         stats = pixel_stats(sets[0][0])
@@ -465,7 +465,7 @@ def load_sets(args):
         sets, stats = [read_cifar(name, data_dir, train) for train in (True, False)], STATS[name]
     else:
         root = data_dir / "imagenet" if name == "imagenet" else Path(name or stop("--data is empty"))
-        sets = read_folders(root, args.holdout, getattr(args, "mode", "") == "eval")
+        sets = read_folders(root, args.holdout, judged)
         stats = STATS["imagenet"]
     sets = [Images(imgs, labels, classes, *stats) if isinstance(imgs, list) else
             Images(imgs.to(args.device), labels.to(args.device), classes, *stats)
@@ -478,7 +478,8 @@ def load_sets(args):
                  f"the number of training images less one")
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))   # the same for every seed
         sets = [sets[0].subset(order[holdout:]), sets[0].subset(order[:holdout])]
-        say(f"{holdout} of the {n} training images stand in for the validation set")
+        unseen = "; training did not see them if its --holdout was the same"
+        say(f"{holdout} of the {n} training images stand in for the validation set{unseen * judged}")
     if sets[1].streamed and local_rank() == 0:                  # if one is damaged, before the first step
         read_all(lambda path: crop_file(path, [View(1)]), sets[1].imgs)
     sets[1].skipped = None
@@ -514,9 +515,10 @@ def read_folders(root, holdout, judged=False):
     -> [(paths, labels, classes) of each]"""
     split = (root / "train").is_dir() or (root / "val").is_dir()
     if judged and not holdout:
+        sets = [scan_folder(root / "val" if split else root)] * 2
         if not split:
             say(f"all images of {root} are judged: if training saw them, give the --holdout of that run")
-        return [scan_folder(root / "val" if split else root)] * 2
+        return sets
     sets = [scan_folder(root / "train" if split else root)]
     classes = sets[0][2]
     if len(classes) == 1:
@@ -1225,6 +1227,7 @@ def parse_args(doc, *recipe, words=None, folder=None, told=()):
         for name in [name for name in names if name in rows]:
             add_flag(box, name, values[name], *rows[name][1:])
     parser.error = fail
+    usual = dict(values)
     for path, flags in ((early.init, told), (Path(output_dir, "args.json"), kept)):
         with reading(path, "the flags of a run"):
             values |= vars(parser.parse_args(as_words(flags, values)))
@@ -1234,6 +1237,7 @@ def parse_args(doc, *recipe, words=None, folder=None, told=()):
     if "lr" in typed or "blr" in typed:  # the typed one of the two wins over the recipe's
         args.lr, args.blr = typed.setdefault("lr", 0.0), typed.setdefault("blr", 0.0)
     args.flags, args.typed = dict(vars(args)), set(typed)
+    args.changed = {name for name, value in args.flags.items() if value != usual[name]}    # from the recipe's
     args.method, args.why = Path(folder).name, why
     args.lr = args.lr or args.blr * args.batch_size / 256
     check_together(args)
@@ -1712,12 +1716,12 @@ class Log:
 def reference(args):
     """The log of a run of this script with these flags in .github/results, if there is one. -> its lines
 
-    A flag that the script did not have then is as it was, unless it is typed."""
+    A flag that the script did not have then is as it was if it has its usual value."""
     own = {*args.flags} - {*COMMON["run"]} - {"data_dir", "num_workers"}
     for path in sorted(Path(__file__).parent.glob(".github/results/*/log.jsonl")):
         about = json.loads(path.with_name("args.json").read_text())
         flags, script = about["flags"], Path(about["command"].split()[0]).name
-        if (script == Path(sys.argv[0]).name and not args.typed & (own - {*flags})
+        if (script == Path(sys.argv[0]).name and not args.changed & (own - {*flags})
                 and all(args.flags[name] == flags[name] for name in own & {*flags})):
             return read_log(path)
     return []

@@ -1085,7 +1085,7 @@ def main():
         return
     data.setup(args)
     train_set, val_set = data.load_sets(args)
-    if len(train_set.classes) < 2 and mode != "features":
+    if mode != "features" and len(train_set.classes) < 2 and (mode != "eval" or train_set.classes == [""]):
         data.stop(f"--mode {mode} needs labels: sort the images of {args.data} into two or more folders")
     if args.label_fraction < 1:
         train_set = label_subset(train_set, args.label_fraction)

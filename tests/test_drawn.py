@@ -140,7 +140,7 @@ def test_curves_say_what_is_good(tmp_path, monkeypatch):
 
 def test_a_run_of_the_readme_lies_behind_the_same_recipe(tmp_path, monkeypatch):
     """Grey: a log in .github/results of this script with the same flags, whatever folder, device or place of
-    data it had; flags that it did not have yet are as they were, unless they are typed."""
+    data it had; flags that it did not have yet are as they were, unless they are changed."""
     monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
     folder, lines = tmp_path / ".github/results/mae", [{"step": 0, "epoch": 0.0, "seconds": 1, "knn": 30.0}]
     folder.mkdir(parents=True)
@@ -149,8 +149,8 @@ def test_a_run_of_the_readme_lies_behind_the_same_recipe(tmp_path, monkeypatch):
     (folder / "log.jsonl").write_text(json.dumps(lines[0]) + "\n")
     here = {"output_dir": "here", "data_dir": "/data", "device": "cpu"}
 
-    def found(typed=(), **other):
-        return data.reference(SimpleNamespace(flags=flags | here | other, typed={*typed}))
+    def found(changed=(), **other):
+        return data.reference(SimpleNamespace(flags=flags | here | other, changed={*changed}))
     monkeypatch.setattr(sys, "argv", ["mae.py"])
     assert found() == found(new=1, newer=2) == found(["output_dir", "seed"], new=1) == lines
     assert found(seed=1) == found(mask_ratio=0.5) == found(["new"], new=1) == []
@@ -166,6 +166,11 @@ def test_the_commands_of_the_readme_have_their_run_behind_them(command, monkeypa
     monkeypatch.setattr(sys, "argv", command.split())
     script = importlib.import_module(command.split(".")[0])
     lines = data.reference(data.parse_args("", script.RECIPE))
+    same = data.parse_args("", script.RECIPE, words=[*command.split()[1:], "--seed", "0", "--log_every", "9"])
+    assert data.reference(same) == lines
+    for other in ("--seed 1", "--holdout 9", "--init other.pt"):
+        args = data.parse_args("", script.RECIPE, words=[*command.split()[1:], *other.split()])
+        assert data.reference(args) == []
     votes = [line[name] for line in lines for name in ("knn", "knn_words") if name in line]
     assert len(votes) > 1 and votes[-1] > votes[0]
 

@@ -282,7 +282,7 @@ def test_tokenizer_file(tmp_path):
 
 @pytest.mark.parametrize("spoil, words", (
     (lambda path, content: path.unlink(), "there is no file"),
-    (lambda path, content: torch.save({"model": {}, "method": "mae"}, path), "is no tokenizer: train one with"),
+    (lambda path, content: torch.save({"model": {}, "method": "mae"}, path), "is no tokenizer: train one"),
     (lambda path, content: path.write_bytes(path.read_bytes()[:2000]), "cannot be read as a checkpoint"),
     (lambda path, content: torch.save(content | {"config": content["config"] | {"vocab": 33}}, path),
      "belongs to another model"),

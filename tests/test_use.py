@@ -172,10 +172,16 @@ def test_eval_needs_no_training_images(trained, capsys):
     right = [round(result_of(f"{root}-run")["accuracy"] * 30 / 100, 6) for root in ("plain", "split")]
     assert right[0] == right[1] == int(right[0])
     run(f"{command} --data plain --holdout 7 --output_dir few")
+    assert "if its --holdout was the same" in capsys.readouterr().out
     assert round(result_of("few")["accuracy"] * 7 / 100, 6).is_integer()
     shutil.rmtree("split/val/ring")
     run(f"{command} --data split --output_dir fewer")
     assert "ring" not in result_of("fewer")["classes"]
+    for folder in Path("split/val").iterdir():
+        folder.rename(f"one-{folder.name}") if folder.name != "star" else None
+    run(f"{command} --data split --output_dir one")
+    assert list(result_of("one")["classes"]) == ["star"]
+    assert "sort the images of one-moon" in sentence(f"{command} --data one-moon --output_dir flat", capsys)
 
 
 def test_eval_on_other_classes(trained, capsys, monkeypatch):
