@@ -1249,8 +1249,9 @@ def as_words(kept, values):
     words = []
     for name, value in kept.items():
         if name in values and value is not None:
-            if isinstance(values[name], list):
-                words += [f"--{name}", *map(str, value)]
+            if isinstance(values[name], list):                  # of old a text, or one number
+                value = value.split(",") if isinstance(value, str) else map(str, np.atleast_1d(value))
+                words += [f"--{name}", *value]
             else:
                 switch = f"--{'no-' * (not value)}{name}"
                 words.append(switch if isinstance(value, bool) else f"--{name}={value}")
@@ -1988,6 +1989,8 @@ def differences(args, flags, names=()):
     shape a model. "" if nowhere."""
     own = args.flags | {"images": getattr(args, "images", "")} if flags else {}   # none where it paints
     names = names or ({*flags} - {*merge(*COMMON.values())} | {"model", "img_size", "patch_size"})
+    if str(own.get("images")).startswith(f"{flags.get('images')} "):    # an old file knows the number alone
+        own["images"] = flags["images"]
     return ", ".join(f"--{name} {flags[name]} there and {own[name]} here" for name in sorted(names)
                      if name in flags and name in own and flags[name] != own[name])
 
@@ -2183,11 +2186,16 @@ def chosen(source, n):
     return torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:n]
 
 
+def sample(source, n):
+    """The `chosen` n images of a set, or the set itself if it has no more"""
+    return source.subset(chosen(source, n)) if n < len(source) else source
+
+
 def monitored(train_set, val_set):
     """What evaluations on the way read, so that they stay cheap beside the training: 10,000 training images,
     or 50 a class, and a quarter as many validation images; always the same, or runs could not be compared."""
     most = max(10_000, 50 * len(train_set.classes))
-    return [source.subset(chosen(source, n)) for source, n in ((train_set, most), (val_set, most // 4))]
+    return sample(train_set, most), sample(val_set, most // 4)
 
 
 def effective_rank(x):

@@ -440,7 +440,7 @@ def test_picture_of_the_predicted_codes(kind, monkeypatch):
     ("--stage tokenizer", "there is no teacher out/mae-shapes/encoder.pt: train one with python mae.py"),
     ("--stage tokenizer --teacher other.pt", "other.pt is no encoder"),
     ("--stage tokenizer --teacher relative.pt", "has 4 x 4 patches and relative positions"),
-    ("--stage pretrain", "there is no out/beit_v2-tokenizer-shapes/tokenizer.pt: train it with python beit_v2"),
+    ("--stage pretrain", "there is no out/beit_v2-tokenizer-shapes/tokenizer.pt: train it with python"),
     ("--stage pretrain --tokenizer other.pt", "other.pt is no tokenizer: train one with"),
     ("--stage pretrain --tokenizer coarse.pt", "coarse.pt makes 4 x 4 tokens, but the ViT has 8 x 8 patches"),
     ("--stage pretrain --num_masked 64", "--num_masked 64 must lie between 1 and 63"),

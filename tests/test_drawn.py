@@ -59,7 +59,7 @@ def test_the_images_of_a_set_in_memory():
     source = data.Images(imgs, torch.zeros(200, dtype=torch.long), ["a"], **vars(PLAIN))
     shown = (data.some_images(make_args(), source)[:, 0, 0, 0] * 255).round().long()
     assert torch.equal(shown, data.chosen(source, 8)) and len(shown.unique()) == 8
-    assert torch.equal(data.monitored(source, source)[0].imgs[:8, 0, 0, 0].long(), shown)
+    assert torch.equal(data.sample(source, 50).imgs[:8, 0, 0, 0].long(), shown)
     assert sorted(data.chosen(source, 999).tolist()) == list(range(200))
 
 
