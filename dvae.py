@@ -21,7 +21,7 @@ Shapes: B images, h x w = (H / stride) x (W / stride) = N places (tokens), K cod
 The grid is that of the ViT that will read the tokens: the dVAE sees s = img_size / patch_size * stride pixels
 (112 px for ViT-B/16 at 224).
 
-    python dvae.py --data shapes                            # CPU, offline, 2 minutes: 62% of 512 codes in use
+    python dvae.py --data shapes                            # CPU, offline, 4 minutes: 63% of 512 codes in use
     python dvae.py --model micro                            # CIFAR-10, CPU, 8 minutes
     python dvae.py                                          # CIFAR-10, one GPU: not run yet
     torchrun --nproc_per_node=8 dvae.py --data imagenet     # 112 px, 8192 codes: not run yet
