@@ -15,7 +15,7 @@ The decoder turns these predictions into tokens: it never sees visible patches, 
 Shapes: B images, N patches (no cls), M hidden and V = N - M visible ones, C width of the encoder, D of
 regressor and decoder, K codes.
 
-    python cae.py --data shapes                             # CPU, offline, after python dvae.py --data shapes
+    python cae.py --data shapes                             # CPU, 4 minutes, after dvae.py: k-NN 13 -> 20%
     python cae.py --model micro                             # CIFAR-10, CPU, 20 minutes, after dvae.py
     python cae.py                                           # CIFAR-10, ViT-Tiny/4, one GPU: not run yet
     torchrun --nproc_per_node=8 cae.py --data imagenet      # ViT-B/16, 800 epochs: not run yet
