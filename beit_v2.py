@@ -33,7 +33,6 @@ Deviations: k-means on vectors of all ranks, on one rank, then broadcast; codes 
 while restart at random vectors (--restart, off on ImageNet); the branch starts like the other blocks; masks,
 tokenizer view and fused biases as in beit.py.
 """
-import math
 import sys
 from pathlib import Path
 
@@ -311,7 +310,7 @@ def monitor(args, model, teacher, source, view):
         total += near.sum()
     model.train()
     counts = data.all_sum(counts)
-    return {"usage": (counts > 0).double().mean().item(), "perplexity": math.exp(data.code_entropy(counts)),
+    return {"usage": (counts > 0).float().mean().item(), "perplexity": data.perplexity(counts).item(),
             "cosine": data.all_sum(total).item() / len(source)}, counts.cpu()
 
 
@@ -394,7 +393,7 @@ def train_tokenizer(args):
                 loss, rec, commit, part, z = net(imgs, features(imgs))
             scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
             code_sums = [a + b for a, b in zip(code_sums, part)] if code_sums else part
-            log.note(loss=loss, rec=rec, commit=commit)
+            log.note(loss=loss, rec=rec, commit=commit, batch_perplexity=data.perplexity(part[1]))
         if args.clip_grad:
             scaler.unscale_(optimizer)                          # undo fp16's loss scaling before clipping
             nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)

@@ -2074,9 +2074,9 @@ def patches_around(imgs, p, which):
 
 # ---- what shows how a vocabulary is doing ----
 
-def code_entropy(counts):
-    """Entropy in nats of the frequencies of codes that occur `counts` (K,) times"""
-    return torch.special.entr(counts.double() / counts.sum()).sum().item()
+def perplexity(counts):
+    """exp of the entropy of the frequencies of codes that occur `counts` (K,) times; at most K"""
+    return torch.special.entr(counts / counts.sum()).sum().exp()
 
 
 def histogram(ids, vocab):
@@ -2099,7 +2099,7 @@ def trivial_loss(args, source, tokenizer=None, view=None):
         f"pixels from {pixels.min():.2f} to {pixels.max():.2f}: a tokenizer reads [0, 1], not normalised")
     ids = torch.cat([tokenizer.tokens(part) for part in pixels.split(100)])
     counts = ids.flatten().bincount(minlength=tokenizer.vocab)
-    entropy, share = code_entropy(counts), (counts.max() / counts.sum()).item()
+    entropy, share = perplexity(counts).log().item(), (counts.max() / counts.sum()).item()
     return (f"ln {tokenizer.vocab} = {math.log(tokenizer.vocab):.3f}; knowing how often each code occurs "
             f"{entropy:.3f}, accuracy of the commonest {share:.3f}"), {"loss": entropy, "accuracy": share}
 
