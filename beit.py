@@ -129,7 +129,7 @@ def main():
     train_set, val_set = data.load_sets(args)
     tokenizer = prepare_tokenizer(args) if args.target == "tokens" else None
     size = tokenizer.img_size if tokenizer else 0               # of the second view, for the tokenizer
-    jitter = (args.color_jitter,) * 3 + (0.0,) if args.color_jitter else None
+    jitter = (args.color_jitter,) * 3 + (0.0,)
     loader = data.Loader(args, train_set, [data.View(args.img_size, scale=(args.crop_scale, 1.0), flip=0.5,
                                                      jitter=jitter, tokenizer_size=size)])
 

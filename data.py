@@ -550,7 +550,7 @@ class View:
     scale: tuple = None                # area of the random crop, as shares of the image
     ratio: tuple = (3 / 4, 4 / 3)      # width / height of the random crop
     flip: float = 0.0                  # probability of a horizontal flip, as all numbers below
-    jitter: tuple = None               # strengths of brightness, contrast, saturation, hue
+    jitter: tuple = (0.0,) * 4         # strengths of brightness, contrast, saturation, hue
     jitter_prob: float = 1.0
     gray: float = 0.0
     blur: float = 0.0                  # this and the next may be tuples: a number for each of the `count`
@@ -910,7 +910,7 @@ def make_views(crops, views, mean, std):
             imgs = sometimes(imgs, view.flip, imgs.flip(-1))
         if view.rand_augment:
             imgs = rand_augment(imgs, view.rand_augment)
-        if view.jitter:
+        if any(view.jitter):
             imgs = color_jitter(imgs, view.jitter, view.jitter_prob)
         if view.gray:
             imgs = sometimes(imgs, view.gray, luma(imgs))
@@ -2207,6 +2207,11 @@ def effective_rank(x):
     return torch.special.entr(share).sum().exp().item()
 
 
+def percent(right):
+    """Of answers (n,) bool, the share that is True, in %"""
+    return right.float().mean().item() * 100
+
+
 @torch.no_grad()
 def knn_monitor(args, model, train_set, val_set, k=20, ranked=True):
     """How good are model.features(imgs) -> (B, D)? {"knn": accuracy in % of a k-NN vote on `monitored`
@@ -2217,7 +2222,7 @@ def knn_monitor(args, model, train_set, val_set, k=20, ranked=True):
                                                for source in monitored(train_set, val_set)))
     model.train()
     (guess,) = knn_vote(train_x, train_y, x, [k], len(train_set.classes)).values()
-    accuracy = (guess == y).float().mean().item() * 100 if len(train_set.classes) > 1 else None
+    accuracy = percent(guess == y) if len(train_set.classes) > 1 else None
     return {"knn": accuracy} | ({"rank": effective_rank(train_x)} if ranked else {})
 
 

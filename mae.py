@@ -94,10 +94,10 @@ class MAE(nn.Module):
     def __init__(self, encoder, decoder_dim=512, decoder_depth=8, decoder_heads=16, mask_ratio=0.75,
                  norm_pix_loss=True, sampling="random", encoder_sees_mask=False):
         super().__init__()
-        self.mask_ratio, self.norm_pix_loss, self.sampling = mask_ratio, norm_pix_loss, sampling
-        self.encoder_sees_mask = encoder_sees_mask
         p, D = encoder.config["patch_size"], encoder.config["embed_dim"]
         self.patch_size, self.grid = p, encoder.config["img_size"] // p
+        self.num_keep = int(self.grid ** 2 * (1 - mask_ratio))
+        self.norm_pix_loss, self.sampling, self.encoder_sees_mask = norm_pix_loss, sampling, encoder_sees_mask
         self.encoder = encoder
         self.decoder_embed = nn.Linear(D, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, D if encoder_sees_mask else decoder_dim))
@@ -110,13 +110,14 @@ class MAE(nn.Module):
         nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.view(D, -1))
         nn.init.normal_(self.mask_token, std=0.02)
 
+    def noise(self, imgs):
+        """What decides which patches of each image are hidden: (B, 3, H, W) -> (B, N)"""
+        return sampling_noise(self.sampling, len(imgs), self.grid, self.num_keep, imgs.device)
+
     def forward_encoder(self, imgs, noise=None):
-        """(B, 3, H, W) -> latent (B, 1 + V, D), mask and ids_restore (B, N). noise: `sampling_noise`"""
-        encoder, N = self.encoder, self.grid ** 2
-        num_keep = int(N * (1 - self.mask_ratio))
-        if noise is None:
-            noise = sampling_noise(self.sampling, len(imgs), self.grid, num_keep, imgs.device)
-        ids_keep, ids_restore, mask = random_masking(noise, num_keep)
+        """(B, 3, H, W) -> latent (B, 1 + V, D), mask and ids_restore (B, N)"""
+        encoder, noise = self.encoder, self.noise(imgs) if noise is None else noise
+        ids_keep, ids_restore, mask = random_masking(noise, self.num_keep)
         patches, pos = patches_of(imgs, self.patch_size), encoder.pos_embed  # (B, N, P), (1, 1 + N, D)
         if self.encoder_sees_mask:
             x = torch.where(mask[:, :, None] > 0, self.mask_token.to(imgs.dtype),
@@ -208,14 +209,14 @@ def main():
                      early.output_dir)
     args = data.parse_args(__doc__, RECIPE)
     check_flags(args)
-    device = data.setup(args)
+    data.setup(args)
     train_set, val_set = data.load_sets(args)
     crop = dict(scale=(0.2, 1.0), flip=0.5)
     view = {"none": {}, "crop": crop, "crop_jitter": crop | dict(jitter=(0.4, 0.4, 0.4, 0.1)),
             "crop_fixed": dict(scale=(0.77, 0.77), ratio=(1, 1), flip=0.5)}[args.aug]
     loader = data.Loader(args, train_set, [data.View(args.img_size, **view)])
 
-    model, num_keep = build(args), int(args.grid ** 2 * (1 - args.mask_ratio))
+    model = build(args)
     net = data.wrap(model, args)                                # compiled, in DDP; `model` itself is saved
     optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
                                   betas=(0.9, 0.95), fused="mps" not in args.device)
@@ -236,7 +237,7 @@ def main():
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args))      # set in every step
         for (imgs,), _ in parts:                                # the labels are never used
             with data.autocast(args):                           # the noise: not in what is compiled
-                loss, _, _ = net(imgs, sampling_noise(args.sampling, len(imgs), args.grid, num_keep, device))
+                loss, _, _ = net(imgs, model.noise(imgs))
             scaler.scale(loss / args.accum_steps).backward()    # the gradients of the parts add up
             log.note(loss=loss)
         if args.clip_grad:

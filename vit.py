@@ -595,12 +595,8 @@ def evaluate(args, model, val_set):
     model.eval()
     logits, labels = data.encode(args, model.forward, val_set)  # .forward: not compiled for this shape
     model.train()
-    return {"accuracy": percent(logits.argmax(1) == labels),
+    return {"accuracy": data.percent(logits.argmax(1) == labels),
             "val_loss": F.cross_entropy(logits, labels).item()}
-
-
-def percent(right):
-    return right.double().mean().item() * 100
 
 
 # ---- linear and attentive ----
@@ -642,12 +638,16 @@ def pooled(layers):
 
 
 class Probe(nn.Module):
-    """BatchNorm without affine parameters, then a linear layer, on class token, mean, or attentive pool."""
+    """BatchNorm without affine parameters, then a linear layer, on class token, mean, or attentive pool.
 
-    def __init__(self, feature, embed_dim, num_classes, layer=-1, num_heads=1):
+    feature: one of `probed_features`; blr: its base learning rate."""
+
+    def __init__(self, feature, embed_dim, num_classes, num_heads=1, blr=1.0):
         super().__init__()
-        self.layer = layer
-        self.pool = AttentivePool(embed_dim, num_heads) if feature == "attentive" else POOLS[feature]
+        self.feature, self.blr = feature, blr
+        kind, _, block = feature.partition("-")
+        self.layer = int(block or 0) - 1                        # of `probed_layers`
+        self.pool = AttentivePool(embed_dim, num_heads) if kind == "attentive" else POOLS[kind]
         self.norm = nn.BatchNorm1d(embed_dim, affine=False, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
@@ -658,11 +658,19 @@ class Probe(nn.Module):
         return self.head(self.norm(self.pool(tokens)))
 
 
-class Probes(nn.ModuleDict):
+class Probes(nn.ModuleList):
     """All probes side by side, each on its layer of `probed_layers`: (B, 1 + N, D) each -> (probes, B, K)"""
 
     def forward(self, layers):
-        return torch.stack([head(layers[head.layer]) for head in self.values()])
+        return torch.stack([one(layers[one.layer]) for one in self])
+
+
+def probed_features(args, encoder):
+    """cls and mean, or attentive, of the encoder's output; with --layers all before them cls-3, say, of the
+    third block's. -> list of names"""
+    numbers = [f"-{i + 1}" for i in range(encoder.config["depth"]) if args.layers == "all"] + [""]
+    return [f"{kind}{number}" for number in numbers
+            for kind in (["attentive"] if args.mode == "attentive" else POOLS)]
 
 
 def probed_layers(args, encoder, imgs):
@@ -674,17 +682,11 @@ def probed_layers(args, encoder, imgs):
 
 
 def make_probes(args, encoder, num_classes):
-    """-> Probes, optimiser with one learning rate a probe. Names: "<feature> <base learning rate>", where a
-    feature is cls, mean or attentive, of the encoder's output, or cls-3, say, of the third block's."""
-    config, probes, groups = encoder.config, Probes(), []
-    layers, features = {"": -1}, POOLS if args.mode == "linear" else ("attentive",)
-    if args.layers == "all":
-        layers |= {f"-{i + 1}": i for i in range(config["depth"])}
-    for text, blr in {f"{blr:g}".replace(".", "_"): blr for blr in args.blrs}.items():  # no dots in names
-        for suffix, feature in itertools.product(layers, features):
-            one = Probe(feature, config["embed_dim"], num_classes, layers[suffix], config["num_heads"])
-            probes[f"{feature}{suffix} {text}"] = one
-            groups.append({"params": list(one.parameters()), "lr_scale": blr})
+    """-> Probes, one for each feature and each of --blrs, and their optimiser"""
+    D, heads = encoder.config["embed_dim"], encoder.config["num_heads"]
+    probes = Probes(Probe(feature, D, num_classes, heads, blr)
+                    for blr, feature in itertools.product(args.blrs, probed_features(args, encoder)))
+    groups = [{"params": list(one.parameters()), "lr_scale": one.blr} for one in probes]
     if args.optimizer == "lars":
         return probes, LARS(groups)
     return probes, torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
@@ -740,15 +742,14 @@ def judge_probes(args, encoder, model, val_set):
     sums = torch.zeros(len(model), device=args.device)
     for (imgs,), labels in data.Loader(args, val_set, [data.View(args.img_size)], train=False):
         sums += (model.forward(probed_layers(args, encoder, imgs)).argmax(-1) == labels).sum(1)
-    names = [name.replace("_", ".") for name in model]
-    result = {"all": dict(zip(names, (data.all_sum(sums) / len(val_set) * 100).tolist()))}
-    right = dict(zip(names, model.right.tolist()))
-    for feature in dict.fromkeys(name.split()[0] for name in names):
-        best = max((name for name in names if name.split()[0] == feature), key=right.get)
-        result |= {feature: result["all"][best], f"{feature}_blr": float(best.split()[1])}
+    accuracy, right = (data.all_sum(sums) / len(val_set) * 100).tolist(), model.right.tolist()
+    result = {"all": {f"{one.feature} {one.blr:g}": value for one, value in zip(model, accuracy)}}
+    for feature in probed_features(args, encoder):
+        best = max((i for i, one in enumerate(model) if one.feature == feature), key=right.__getitem__)
+        result |= {feature: accuracy[best], f"{feature}_blr": model[best].blr}
     if args.layers == "all":                                    # the training images choose
-        best = max(names, key=right.get)
-        result |= {"best": result["all"][best], "best_feature": best.split()[0]}
+        best = right.index(max(right))
+        result |= {"best": accuracy[best], "best_feature": model[best].feature}
     return result
 
 
@@ -777,8 +778,7 @@ def logistic(args, train_set, val_set, encoder):
 
     Each feature's penalty is the one that is right most often on every tenth training image, left out for
     this; with --layers all the same images choose the best feature."""
-    numbers = [f"-{i + 1}" for i in range(encoder.config["depth"]) if args.layers == "all"] + [""]
-    names = [f"{feature}{number}" for number in numbers for feature in POOLS]
+    names = probed_features(args, encoder)
     encoder.eval()
     (train_x, train_y), (x, y) = (
         data.encode(args, lambda imgs: pooled(probed_layers(args, encoder, imgs)), source)
@@ -790,7 +790,7 @@ def logistic(args, train_set, val_set, encoder):
 
         def accuracy(rows, x, y, penalty):                      # % of (x, y), learned from `rows`
             layer = fit_logistic(a[rows], train_y[rows], len(train_set.classes), penalty)
-            return percent(layer(x).argmax(1) == y)
+            return data.percent(layer(x).argmax(1) == y)
         aside = {penalty: accuracy(kept, a[~kept], train_y[~kept], penalty) for penalty in PENALTIES}
         penalties[name] = max(aside, key=aside.get)
         right[name] = aside[penalties[name]]
@@ -816,7 +816,7 @@ def knn(args, train_set, val_set, encoder):
     result = {}
     for feature, a, b in zip(POOLS, train_x.chunk(2, 1), x.chunk(2, 1)):
         guesses = data.knn_vote(a, train_y, b, (10, 20, 100, 200), len(train_set.classes))
-        result |= {f"{feature}_k{k}": percent(guess == y) for k, guess in guesses.items()}
+        result |= {f"{feature}_k{k}": data.percent(guess == y) for k, guess in guesses.items()}
     pictures(args, encoder, val_set)
     return result
 
@@ -968,7 +968,7 @@ def confusion_picture(share, classes, path):
 @torch.no_grad()
 def probe_pictures(args, encoder, probes, val_set):
     """attention.png: where the attentive probe that learned best looks, and where the class token does."""
-    best = list(probes.values())[int(probes.right.argmax())]
+    best = probes[int(probes.right.argmax())]
     torch.manual_seed(args.seed)
     untrained = ViT(**encoder.config).to(args.device).eval()
     imgs = data.some_images(args, val_set)
@@ -1101,11 +1101,11 @@ def main():
     result = {"mode": mode, "data": args.data, "init": init or "random", "seed": args.seed,
               "label_fraction": args.label_fraction} | judge(args, train_set, val_set, model)
     if getattr(args, "layers", "") == "all":
-        numbers = [f"-{i + 1}" for i in range(model.config["depth"])] + [""]
-        lines = {feature: torch.tensor([result[feature + n] for n in numbers])
-                 for feature in [*POOLS, "attentive"] if feature in result}
+        names = probed_features(args, model)
+        lines = {kind: torch.tensor([result[name] for name in names if name.startswith(kind)])
+                 for kind in [*POOLS, "attentive"] if kind in names}
         data.save_plot(Path(args.output_dir) / "pictures" / "layers.png", lines, ylabel="accuracy in %",
-                       xlabel=f"probed block; {len(numbers)}: the encoder's output, after its last norm")
+                       xlabel=f"probed block; {model.config['depth'] + 1}: the output, after the last norm")
     if data.rank() == 0:
         data.save_atomically(json.dumps(result, indent=1), Path(args.output_dir) / "result.json")
         numbers = ", ".join(f"{k} {v:.2f}" for k, v in result.items()

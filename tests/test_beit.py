@@ -403,10 +403,10 @@ def test_probes_of_all_layers(close):
     assert len(layers) == 4 and all(torch.equal(a, b) for a, b in zip(layers, outputs))
     assert torch.equal(layers[-1], encoder.norm(outputs[2])) and not layers[0].requires_grad
     probes, optimizer = vit.make_probes(args, encoder, 10)
-    features = ["cls", "mean", "cls-1", "mean-1", "cls-2", "mean-2", "cls-3", "mean-3"]
-    assert list(probes) == [f"{f} 0_1" for f in features] + [f"{f} 1" for f in features]
+    features = ["cls-1", "mean-1", "cls-2", "mean-2", "cls-3", "mean-3", "cls", "mean"]
+    assert [(one.feature, one.blr) for one in probes] == [(f, blr) for blr in (0.1, 1.0) for f in features]
     assert len(optimizer.param_groups) == 16
-    head = probes["mean-2 1"].eval()
+    head = probes[8 + 3].eval()                                 # mean-2 at 1
     close(head(layers[head.layer]), head.head(head.norm(outputs[1][:, 1:].mean(1))).detach())
     assert probes(layers).shape == (16, 4, 10)
 
@@ -417,7 +417,7 @@ def test_the_best_layer_is_the_training_images_choice():
     args = SimpleNamespace(**LINEAR, img_size=32, batch_size=8, epochs=1, max_steps=0)
     probes, _ = vit.make_probes(args, encoder, 10)
     probes.register_buffer("right", torch.arange(16.0).flip(0))
-    probes.right[5 + 8] = 99                                    # mean-2 at 1
+    probes.right[8 + 3] = 99                                    # mean-2 at 1
     imgs, labels = data.draw_shapes(20, 32, seed=0)
     source = data.Images(imgs, labels, list("0123456789"), (0.5,) * 3, (0.5,) * 3)
     result = vit.judge_probes(args, encoder, probes, source)

@@ -363,14 +363,14 @@ def targets_of(seen):
 
 def view_of(seen):
     view = seen.views[0]
-    return {"crop_scale": view.scale[0], "color_jitter": view.jitter[0] if view.jitter else 0.0}
+    return {"crop_scale": view.scale[0], "color_jitter": view.jitter[0]}
 
 
 def mae_of(seen):
     model = seen.model
-    return {"mask_ratio": model.mask_ratio, "norm_pix_loss": model.norm_pix_loss, "sampling": model.sampling,
-            "encoder_sees_mask": model.encoder_sees_mask, "decoder_dim": model.decoder_embed.out_features,
-            "decoder_depth": len(model.decoder_blocks),
+    return {"mask_ratio": 1 - model.num_keep / model.grid ** 2, "norm_pix_loss": model.norm_pix_loss,
+            "sampling": model.sampling, "encoder_sees_mask": model.encoder_sees_mask,
+            "decoder_dim": model.decoder_embed.out_features, "decoder_depth": len(model.decoder_blocks),
             "decoder_heads": only(block.attn.num_heads for block in model.decoder_blocks),
             "aug": next(name for name, view in AUGS.items() if [view] == seen.views)}
 
@@ -444,7 +444,7 @@ def ibot_of(seen):
             "norm_last_layer": not head.last_layer.weight_g.requires_grad,
             "drop_path": drop_path_of(networks[0].blocks), "blur": near.blur > 0, "koleo": model.koleo,
             "global_scale": wide.scale, "local_scale": near.scale, "local_crops": near.count,
-            "aug": "color" if wide.jitter else "crop", "gray": wide.gray,
+            "aug": "color" if any(wide.jitter) else "crop", "gray": wide.gray,
             "local_size": near.size, "pred_shape": "block" if seen.masks else "rand"}
 
 
@@ -460,7 +460,7 @@ def supervised_of(seen):
 
 
 def probe_of(seen):
-    depths, optimizer = {head.layer for head in seen.model.values()}, seen.optimizer
+    depths, optimizer = {head.layer for head in seen.model}, seen.optimizer
     settings = {name: optimizer.defaults.get(name) for name in ("momentum", "nesterov", "trust")}
     kinds = {"sgd": dict(momentum=0.9, nesterov=True, trust=None),
              "lars": dict(momentum=0.9, nesterov=None, trust=0.001)}
@@ -501,8 +501,8 @@ def test_size_of_the_encoder(name, seen_of):
         encoder = seen.encoder
         assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
         assert encoder.config["pool"] == ("mean" if name == "linear 2" else "cls"), "its own final norm"
-        assert only(head.head.in_features for head in seen.model.values()) == 32
-        depth = {head.layer for head in seen.model.values()}
+        assert only(head.head.in_features for head in seen.model) == 32
+        depth = {head.layer for head in seen.model}
         assert depth == ({-1, 0, 1, 2} if name == "linear" else {-1})
     if not name.startswith("dvae"):
         found = {key: encoder.config[key] for key in ("img_size", "patch_size", *SMALL)}
@@ -544,10 +544,10 @@ def test_optimizer_is_what_the_flags_say(name, seen_of):
         assert group["weight_decay"] == (0 if key in still else flags["weight_decay"]), key
 
 
-def scale_of(name, key):
+def scale_of(seen, name, key):
     """The factor of the learning rate of a parameter."""
     if name in PROBES:
-        return float(key.split(".")[0].split()[-1].replace("_", "."))
+        return seen.model[int(key.split(".")[0])].blr
     if name not in SUPERVISED:
         return 1.0
     block = re.match(r"blocks\.(\d)", key)
@@ -564,9 +564,9 @@ def test_learning_rate_of_every_step(name, seen_of):
     assert len(seen.steps) == len(lrs)
     for lr, groups in zip(lrs, seen.steps):
         for key, group in groups.items():
-            assert group["lr"] == pytest.approx(lr * scale_of(name, key), abs=1e-12), key
+            assert group["lr"] == pytest.approx(lr * scale_of(seen, name, key), abs=1e-12), key
     if name in PROBES:
-        assert {scale_of(name, key) for key in seen.steps[0]} == set(CASES[name][1]["blrs"])
+        assert {scale_of(seen, name, key) for key in seen.steps[0]} == set(CASES[name][1]["blrs"])
 
 
 @pytest.mark.parametrize("name", LONGS)

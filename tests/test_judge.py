@@ -172,7 +172,7 @@ def state(probes):
     """Weights and statistics of every probe, in their order; [] for probes of another kind than linear."""
     return [{"weight": probe.head.weight.detach().clone(), "bias": probe.head.bias.detach().clone(),
              "mean": probe.norm.running_mean.clone(), "var": probe.norm.running_var.clone()}
-            for probe in probes.values() if not isinstance(probe.pool, vit.AttentivePool)]
+            for probe in probes if not isinstance(probe.pool, vit.AttentivePool)]
 
 
 def contrary(number, P, B, training):
@@ -260,9 +260,10 @@ def test_probes_are_judged_with_their_statistics():
     imgs, labels = torch.randint(256, (541, 3, 8, 8), dtype=torch.uint8), torch.randint(10, (541,))
     val_set = data.Images(imgs, labels, list("0123456789"), MEAN, STD)
     tokens, wanted = encoder.forward_features(normalised(imgs, MEAN, STD)), {}
-    probes = vit.Probes({f"{feature} {blr}": vit.Probe(feature, 32, 10)
-                         for blr in ("1", "10") for feature in ("cls", "mean")})
-    for name, probe in probes.items():
+    probes = vit.Probes(vit.Probe(feature, 32, 10, blr=blr)
+                        for blr in (1.0, 10.0) for feature in ("cls", "mean"))
+    for probe in probes:
+        name = f"{probe.feature} {probe.blr:g}"
         x = tokens[:, 0] if "cls" in name else tokens[:, 1:].mean(1)
         probe.norm.running_mean.copy_(x.mean(0) + torch.randn(32))
         probe.norm.running_var.copy_(4 * torch.rand(32) + 0.1)
