@@ -285,14 +285,15 @@ def test_linear_probes_have_a_rate_each(runs):
     notes = runs("linear")
     assert len(notes.steps) == STEPS
     saved = read(notes.folder / "last.pt")["model"]
-    names = {key.split(".")[0] for key in saved if key.endswith("weight")}
-    assert names == {"cls 3", "mean 3", "cls 30", "mean 30"}
+    names = list(json.loads((notes.folder / "result.json").read_text())["all"])
+    assert names == ["cls 3", "mean 3", "cls 30", "mean 30"]
+    assert {key.split(".")[0] for key in saved if key.endswith("weight")} == set("0123")
     for step, note in enumerate(notes.steps):
         assert note.kind is torch.optim.SGD and len(note.groups) == 2 * len(names)
         for weight, group in note.groups:
             final = notes.steps[-1].after[weight]
             (key,) = [key for key in saved if saved[key].shape == final.shape and (saved[key] == final).all()]
-            peak = float(key.split(".")[0].split()[1]) * 0.5 * BATCH / 256
+            peak = float(names[int(key.split(".")[0])].split()[1]) * 0.5 * BATCH / 256
             assert group["lr"] == pytest.approx(lr_at(step, "linear", peak, 0)), (step, key)
             assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 0)
             assert step == 0 or (note.before[weight] != note.after[weight]).any()
@@ -321,7 +322,7 @@ def test_the_best_linear_probe_is_chosen_on_the_last_epoch(runs):
     right = torch.stack([(logits.argmax(1) == labels).sum() for logits, labels in notes.answers])
     right = right.view(STEPS, PARTS, probes)[-EPOCH_STEPS:].sum((0, 1)).tolist()
     assert saved["right"].tolist() == right
-    names = list(dict.fromkeys(key.split(".")[0] for key in saved if "." in key))
+    names = list(result["all"])
     for feature in ("cls", "mean"):
         best = max((name for name in names if name.startswith(feature)), key=dict(zip(names, right)).get)
         assert result[f"{feature}_blr"] == float(best.split()[1])
