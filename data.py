@@ -450,12 +450,13 @@ def scan_folder(root, classes=None):
     return list(itertools.chain(*files.values())), torch.cat(labels), classes
 
 
-def load_sets(args):
+def load_sets(args, judged=False):
     """Training and validation set of `args.data`, pixels on args.device or paths.
 
-    With --holdout n, n training images leave the training set and stand in for the validation set.
+    With --holdout n, n training images leave the training set and stand in for the validation set. judged:
+    nothing is learned, so that a folder needs no training images.
     Raises: exits with one sentence if files are missing, damaged or cannot be downloaded."""
-    name, data_dir, judged = args.data, Path(args.data_dir), getattr(args, "mode", "") == "eval"
+    name, data_dir = args.data, Path(args.data_dir)
     if name == "shapes":
         sets = [(*draw_shapes(n, args.img_size, seed), list(SHAPES)) for n, seed in ((5000, 0), (1000, 1))]
         stats = pixel_stats(sets[0][0])

@@ -1084,7 +1084,7 @@ def main():
         predict(args, model.to(args.device), source)
         return
     data.setup(args)
-    train_set, val_set = data.load_sets(args)
+    train_set, val_set = data.load_sets(args, judged=mode == "eval")
     if mode != "features" and len(train_set.classes) < 2 and (mode != "eval" or train_set.classes == [""]):
         data.stop(f"--mode {mode} needs labels: sort the images of {args.data} into two or more folders")
     if args.label_fraction < 1:

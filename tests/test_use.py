@@ -47,8 +47,8 @@ def rename_classes(monkeypatch):
     """The same images, their classes under names that no file has"""
     load = data.load_sets
 
-    def others(args):
-        sets = load(args)
+    def others(args, judged):
+        sets = load(args, judged)
         for source in sets:
             source.classes = [f"new {name}" for name in source.classes]
         return sets
@@ -120,8 +120,8 @@ def test_confusion_counts_true_rows_and_said_columns(monkeypatch, trained):
     monkeypatch.setattr(vit, "confusion_picture",
                         lambda share, names, path: drawn.update(share=share.nan_to_num(-1), names=names))
 
-    def turned(args):
-        sets = load(args)
+    def turned(args, judged):
+        sets = load(args, judged)
         for source in sets:
             source.classes, source.labels = source.classes[::-1], 9 - source.labels
         return sets
