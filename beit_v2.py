@@ -592,13 +592,11 @@ def main():
         if stage not in ("both", this):
             continue
         typed = [*words, "--stage", this]
-        if stage == "both":  # the flags of both are typed together, and a second start goes on
-            output_dir = f"{folder}-{Path(early.data or 'cifar10').name}"
+        if stage == "both":  # the flags of both are typed together
             if early.output_dir:
                 first = f"{early.output_dir}-tokenizer"
-                output_dir = first if this == "tokenizer" else early.output_dir
-                typed += ["--output_dir", output_dir, "--tokenizer", f"{first}/tokenizer.pt"]
-            typed += ["--resume"] * Path(output_dir, "args.json").exists()
+                typed += ["--output_dir", first if this == "tokenizer" else early.output_dir,
+                          "--tokenizer", f"{first}/tokenizer.pt"]
         else:
             tables = tables[1:]
         args = data.parse_args(__doc__, SHARED, *tables, words=typed, folder=folder)

@@ -49,8 +49,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+
+rcParams["text.parse_math"] = False                             # names of classes may hold a $
 
 # ============================================================================================================
 #  SETS: what is on disk
@@ -268,7 +271,7 @@ def writing(path):
         yield
     except (OSError, RuntimeError) as error:                    # of torch.save, after the system's own
         reason = getattr(error.__context__ or error, "strerror", None) or error
-        stop(f"cannot write to {path} ({reason}): name another place with --output_dir or --data_dir")
+        stop(f"cannot write to {path} ({reason}): name another place, as with --output_dir or --data_dir")
 
 
 # ---- readers ----
@@ -474,6 +477,8 @@ def load_sets(args, judged=False):
     if len(sets) == 1 or args.holdout:
         n = len(sets[0])
         holdout = args.holdout or max(1, n // 10)
+        if n < 2:
+            stop(f"{name} holds one image: two at least are needed, to learn from and to validate on")
         if not 0 < holdout < n:
             stop(f"--holdout {holdout} must lie between 1 and {n - 1}, "
                  f"the number of training images less one")
@@ -486,8 +491,6 @@ def load_sets(args, judged=False):
     sets[1].skipped = None
     for source in sets:
         source.classes = [name.encode(errors="backslashreplace").decode() for name in source.classes]
-    if len(sets[1]) < world_size():
-        stop(f"{len(sets[1])} validation images are too few for {world_size()} ranks: take fewer ranks")
     names = [list(map(os.path.basename, source.imgs)) if source.streamed else len(source) for source in sets]
     about = repr((names, [source.labels.tolist() for source in sets], sets[0].classes))
     checksum = zlib.crc32(about.encode(errors="backslashreplace"))
@@ -1007,6 +1010,8 @@ class Loader:
 
     def __init__(self, args, source, views, train=True):
         self.args, self.source, self.train, self.views = args, source, train, [v for v in views if v.count]
+        if len(source) < world_size():
+            stop(f"{len(source)} images are too few for {world_size()} ranks: take fewer ranks")
         if train and args.batch_size > len(source):
             cut_batch(args, len(source))
         self.epoch_steps = len(source) // args.batch_size
@@ -1233,7 +1238,8 @@ def parse_args(doc, *recipe, words=None, folder=None, told=()):
         with reading(path, "the flags of a run"):
             values |= vars(parser.parse_args(as_words(flags, values)))
     parser.error = lambda message: stop(f"{message} (see --help)")
-    typed = vars(parser.parse_args(words))
+    typed = {name: value for name, value in vars(parser.parse_args(words)).items()
+             if (name, value) != ("lr", 0)}                     # as if it were not typed
     args = argparse.Namespace(**values | typed | {"output_dir": output_dir, "resume": early.resume})
     if "lr" in typed or "blr" in typed:  # the typed one of the two wins over the recipe's
         args.lr, args.blr = typed.setdefault("lr", 0.0), typed.setdefault("blr", 0.0)
@@ -1241,6 +1247,9 @@ def parse_args(doc, *recipe, words=None, folder=None, told=()):
     args.changed = {name for name, value in args.flags.items() if value != usual[name]}    # from the recipe's
     args.method, args.why = Path(folder).name, why
     args.lr = args.lr or args.blr * args.batch_size / 256
+    if told := differences(args, kept, RUN):
+        stop(f"{Path(output_dir, 'args.json')} is of another run: {told}; continue it with the same, or "
+             f"begin a new one in another --output_dir")
     check_together(args)
     return args
 
@@ -1371,18 +1380,19 @@ def setup(args):
 
     A folder that already holds a run is refused unless --resume is given."""
     device, folder = choose_device(args), Path(args.output_dir)
-    used = ("pictures", "log.jsonl", "last.pt", "encoder.pt", "tokenizer.pt", "result.json")
+    used = ("args.json", "log.jsonl", "last.pt", "encoder.pt", "tokenizer.pt", "result.json")
     if any((folder / name).exists() for name in used) and not args.resume:
         stop(f"{folder} already holds a run: continue it with --resume, or name another --output_dir")
     if world_size() > 1:
         dist.barrier()                                          # all ranks have looked
     if rank() == 0:
+        made = [place for place in (folder / "pictures", folder, *folder.parents) if not place.exists()]
         with writing(folder):                                   # of two runs, one alone can make this folder
             (folder / "pictures").mkdir(parents=True, exist_ok=args.resume)
         lock(folder)
         if not (args.resume and (folder / "args.json").exists()):
             save_args(args)
-            atexit.register(tidy, folder)
+            atexit.register(tidy, folder, made)
     return device
 
 
@@ -1401,11 +1411,13 @@ def lock(folder):
                 stop(f"a run is at work in {folder}: wait for it, or stop it first")
 
 
-def tidy(folder):
-    """At the end of a program that left nothing else in its folder: remove it."""
+def tidy(folder, made):
+    """At the end of a program that left nothing else in its folder: remove it, and what was made above it."""
     if {path.name for path in folder.rglob("*")} == {"args.json", "pictures"}:
         (folder / "args.json").unlink()
-        os.removedirs(folder / "pictures")                      # and what is empty above it
+        with contextlib.suppress(OSError):                      # another run may have come to be there
+            for place in made:
+                place.rmdir()
 
 
 def ignore_signals(worker):
@@ -1530,6 +1542,8 @@ def make_scaler(args):
 def open_log(args, model, loader, start, trivial, **levels):
     """Print what the run is about to do. -> its Log. trivial, levels: what a model reaches without learning
     anything, in words, and for `curves` by a part of its name."""
+    if start > loader.total_steps:
+        stop(f"{start} steps are done already: name a larger --max_steps, or more --epochs")
     millions, n = sum(p.numel() for p in model.parameters()) / 1e6, len(loader.source)
     early = f"; stops after {loader.total_steps} steps" if loader.total_steps < loader.all_steps else ""
     say(f"{args.method}: recipe {args.recipe} (because of {args.why}), {args.model} on {args.data}, "
@@ -1684,7 +1698,8 @@ class Log:
                                 "data": args.data, "classes": source.classes}
                  for name, model in exports.items()}
         files["last.pt"] = {name: part.state_dict() for name, part in state.items()} | {
-            "step": done, "flags": flags | {"images": args.images}, "mean": source.mean, "std": source.std}
+            "step": done, "method": args.method, "flags": flags | {"images": args.images},
+            "mean": source.mean, "std": source.std}
         for name, content in files.items():
             check_weights(args, content["model"])
             if rank() == 0:
@@ -1695,9 +1710,9 @@ class Log:
 
     def leave(self):
         """After a signal: say what there is, and end with its exit status."""
-        if rank() == 0 and self.path.exists():
-            curves(self)
         last = self.path.with_name("last.pt")
+        if rank() == 0 and self.path.exists() and last.exists():
+            curves(self)
         say(f"\nstopped and saved: --resume continues {self.args.output_dir}" if last.exists() else
             "\nstopped before there was anything to save")
         raise SystemExit(128 + (self.signal or signal.SIGTERM))
@@ -1765,6 +1780,7 @@ def save_atomically(content, path):
     """Write text, a figure, or what torch.save takes: `path` is at any moment the old or new whole file."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path), contextlib.ExitStack() as undo:
+        path.parent.mkdir(parents=True, exist_ok=True)
         undo.callback(temporary.unlink, missing_ok=True)        # half a file, if the disk is full
         with open(temporary, "wb") as file:
             if isinstance(content, Figure):
@@ -1943,18 +1959,18 @@ def load_checkpoint(args, **parts):
     """Bring `parts` to the state of last.pt if --resume is given. -> updates already made, 0 for a new run"""
     path = Path(args.output_dir) / "last.pt"
     if not args.resume or not path.exists():
-        log = path.with_name("log.jsonl")
-        if args.resume and (path.is_symlink() or log.exists() and re.search(
+        log, drawn = path.with_name("log.jsonl"), path.with_name("curves.png").exists()
+        if args.resume and (path.is_symlink() or drawn or log.exists() and re.search(
                 r'^{"step": [1-9](?!.*images/s)', log.read_text(errors="replace"), re.MULTILINE)):
             stop(f"{path} is gone: restore it, or begin a new run in another --output_dir")
-        if args.resume:                                         # evaluations come after the first checkpoint
+        if args.resume:                                         # evaluations, curves: after a checkpoint
             say(f"there is no {path} to resume from: starting anew")
         return 0
     states = load_file(path)
     expect(path, states, {"step": 0} | dict.fromkeys(parts, {}))
+    same_method(args, states, path)
     flags = states.get("flags") or {}                           # older files have none
-    same = {"data", "holdout", "label_fraction", "mode", "batch_size", "init", "model", "img_size",
-            "patch_size", *INVISIBLE}                           # others may differ where they are typed
+    same = RUN | {"batch_size", "model", "img_size", "patch_size", *INVISIBLE}  # others may where typed
     free = getattr(args, "typed", set()) - same
     if told := differences(args, flags, flags.keys() - free):
         stop(f"{path} is of another run: {told.replace('--images', 'training images')}; continue it with the "
@@ -1982,6 +1998,13 @@ def load_checkpoint(args, **parts):
     return states["step"]
 
 
+def same_method(args, content, path):
+    """Exit with one sentence if the last.pt of this content is of another method."""
+    if (method := content.get("method", args.method)) != args.method:
+        stop(f"{path} is of a run of {method}, not of {args.method}: give one of the same method")
+
+
+RUN = {"data", "holdout", "label_fraction", "mode", "init"}  # flags without which a run is another run
 INVISIBLE = ("decoder_heads", "early_layer", "unit")  # flags that change a model, but none of its tensors
 
 

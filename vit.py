@@ -943,7 +943,7 @@ def features_picture(both, labels, classes, path):
         energy, directions = torch.linalg.eigh(x.T @ x)         # the largest last
         x, share = x @ directions[:, -2:], (energy[-2:].sum() / energy.sum()).item()
         for k, label in enumerate(classes):
-            axes.scatter(*x[labels == k].T, s=4, label=label or None)
+            axes.scatter(*x[labels == k].T, s=4, label=f" {label}")     # what begins with _ is left out
         axes.set(title=f"{name}: two principal components, {share:.0%} of the variance", xticks=[], yticks=[])
     if 1 < len(classes) <= 20:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right", markerscale=3)
@@ -1180,7 +1180,7 @@ def read_encoder(path, num_heads=0, content=None, finetune=False):
         elif about["config"].get("pool") == "cnn":
             data.stop(f"{path} is a CNN, which is trained with labels alone: give a Vision Transformer's")
         elif content.keys() & {"step", "method"}:               # ours, too, but with more than an encoder
-            data.stop(f"{path} is no encoder: give the encoder.pt of that run")
+            data.stop(f"{path} is no encoder: give an encoder.pt")
         else:
             everything = official_state(content)
             layout = next((name for name, (tell, _, _) in LAYOUTS.items() if tell in everything), "ViT")
@@ -1268,6 +1268,7 @@ def load_init(model, args, names=None, fixed=(), pos_offset=0.0):
     flags = content.get("flags", {})
     with data.reading(path, "all parts of this method"):
         if "step" in content:
+            data.same_method(args, content, path)
             state = dict(content["model"])
             if told := data.differences(args, flags, data.INVISIBLE):
                 data.stop(f"{path} is of another model: {told}; give the same")

@@ -95,18 +95,65 @@ def test_of_two_runs_started_together_one_is_refused(capsys):
 def test_a_killed_start_is_refused_and_resumed(capsys):
     """Killed before its first line, a run has claimed its folder: --resume begins anew there."""
     Path("run/pictures").mkdir(parents=True)
-    assert "run already holds a run" in sentence(f"{MAE} --output_dir run", capsys)
+    assert "run (File exists)" in sentence(f"{MAE} --output_dir run", capsys)
     run(f"{MAE} --max_steps 2 --resume --output_dir run")
     assert read("run/last.pt")["step"] == 2
 
 
-def test_output_dir_of_both_stages():
-    """beit_v2.py --output_dir X: the tokenizer goes to X-tokenizer, where pre-training finds it."""
+def test_a_start_that_fails_leaves_the_folders_that_were_there(capsys):
+    """Empty ones of the user, too; what was made for the run is gone."""
+    Path("mine/empty").mkdir(parents=True)
+    sentence(f"{MAE} --data nowhere --output_dir mine/empty/new/run", capsys)
+    assert list(Path("mine").rglob("*")) == [Path("mine/empty")]
+    sentence(f"{MAE} --data nowhere --output_dir mine/empty", capsys)
+    assert list(Path("mine").rglob("*")) == [Path("mine/empty")]
+
+
+def test_more_steps_are_done_than_asked_for(capsys):
+    run(f"{MAE} --max_steps 4 --output_dir run")
+    before = snapshot("run")
+    said = sentence("mae.py --resume --max_steps 3 --output_dir run", capsys)
+    assert "4 steps are done already: name a larger --max_steps" in said and snapshot("run") == before
+
+
+def test_a_lost_checkpoint_of_a_run_without_evaluations(capsys):
+    """Its encoder is not written over by a run that begins anew."""
+    run(f"{MAE} --max_steps 4 --eval_every 0 --output_dir run")
+    Path("run/last.pt").rename("run/curves.png")                # not drawn in tests
+    before = snapshot("run")
+    assert "run/last.pt is gone" in sentence("mae.py --resume --output_dir run", capsys)
+    assert snapshot("run") == before
+
+
+def test_the_last_of_another_method(capsys):
+    """last.pt knows whose it is: --init and --resume say so before they compare flags and tensors."""
+    run(f"{MAE} --max_steps 2 --output_dir run")
+    for command in (f"{BEIT2} --init run/last.pt --output_dir new", f"{BEIT2} --resume --output_dir run"):
+        assert "run/last.pt is of a run of mae, not of beit_v2" in sentence(command, capsys)
+
+
+def test_resume_takes_no_other_judgement_for_this_one(capsys):
+    """A folder with a result of another mode, file or share of labels is not written over."""
+    run(f"{MAE} --max_steps 2 --output_dir run")
+    run("vit.py --mode knn --init run/encoder.pt --output_dir judged")
+    before = snapshot("judged")
+    for flags in ("--mode linear --init run/encoder.pt", "--mode knn --init run/last.pt",
+                  "--mode knn --init run/encoder.pt --label_fraction 0.5"):
+        said = sentence(f"vit.py {flags} --resume --output_dir judged", capsys)
+        assert "judged/args.json is of another run: --" in said or "last.pt is no encoder" in said
+    assert snapshot("judged") == before
+
+
+def test_output_dir_of_both_stages(capsys):
+    """beit_v2.py --output_dir X: the tokenizer goes to X-tokenizer, where pre-training finds it; once more
+    only with --resume, for a trial's flags would stay in force."""
     flags = " ".join(f"{VQKD} {BEIT2} --max_steps 3".split()).replace("beit_v2.py", "")
-    run("beit_v2.py " + re.sub(r"--stage \w+|--epochs 6", "", flags) + " --output_dir x")
+    both = "beit_v2.py " + re.sub(r"--stage \w+|--epochs 6", "", flags) + " --output_dir x"
+    run(both)
     assert read("x-tokenizer/tokenizer.pt")["method"] == "beit_v2" and read("x/last.pt")["step"] == 3
     before = snapshot("x-tokenizer")
-    run("beit_v2.py " + re.sub(r"--stage \w+|--epochs 6", "", flags) + " --output_dir x")     # goes on
+    assert "x-tokenizer already holds a run: continue it with --resume" in sentence(both, capsys)
+    run("beit_v2.py --resume --output_dir x")
     assert snapshot("x-tokenizer")[Path("x-tokenizer/last.pt")] == before[Path("x-tokenizer/last.pt")]
 
 

@@ -598,7 +598,7 @@ def test_an_encoder_where_all_parts_are_needed(capsys):
         refused(lambda: vit.load_init(small_mae(), started("encoder.pt"), names, FIXED), capsys,
                 "give the last.pt of that run", path="encoder.pt")
     torch.save(last(), "last.pt")
-    refused(lambda: judge("last.pt"), capsys, "give the encoder.pt of that run")
+    refused(lambda: judge("last.pt"), capsys, "is no encoder: give an encoder.pt")
     vit.load_init(small_mae(), started("last.pt"), None, FIXED)
     for key, to in (("model", None), ("model", [3]), ("model", {"mask_token": 3}), ("model", ...)):
         content = last()

@@ -604,11 +604,11 @@ def test_two_processes_keep_one_student_one_teacher_and_the_same_centres(tmp_pat
 
 
 def test_beit_v2_runs_both_stages_in_one_command(tmp_path):
-    """Flags of either stage may be typed; the second reads the first's tokenizer; a second start goes on."""
+    """Flags of either stage may be typed; the second reads the first's tokenizer; --resume goes on."""
     command = (f"beit_v2.py {TINY} --teacher out/mae-shapes/encoder.pt --num_codes 16 --code_dim 4 "
                f"--num_masked 2 --min_block 1 --early_layer 1 --max_steps")
     shutil.rmtree("out/beit_v2-tokenizer-shapes")
-    statuses, done = forked((f"{command} 2", ()), (f"{command} 3", ()), ranks=2)
+    statuses, done = forked((f"{command} 2", ()), (f"{command} 3 --resume", ()), ranks=2)
     assert statuses == 4 * [0], done.stderr
     for folder in ("out/beit_v2-tokenizer-shapes", "out/beit_v2-shapes"):
         assert list(losses(folder)) == [1, 2, 3]
@@ -952,6 +952,11 @@ def test_resume_takes_the_flags_of_the_run():
     args = parsed("--resume --output_dir run --mask_ratio 0.9 --blr 1e-3 --epochs 3")
     assert (args.mask_ratio, args.epochs) == (0.9, 3) and args.lr == pytest.approx(1e-3 * 16)
     assert parsed("--output_dir run").data == "cifar10", "only --resume reads it"
+
+
+def test_a_learning_rate_of_0_is_computed():
+    """--lr 0, as --help says, is that of --blr, as if it were not typed."""
+    assert until_setup("mae.py --lr 0").lr == until_setup("mae.py").lr > 0
 
 
 def test_a_resumed_judge_knows_its_mode(tmp_path, whole):

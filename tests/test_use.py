@@ -114,6 +114,23 @@ def test_eval_is_what_training_measured(trained):
     assert Path("run/pictures/confusion.png").exists()
 
 
+def test_names_of_classes_are_drawn_as_they_are(trained, monkeypatch):
+    """No formula begins at a $, and a name that begins with _ stands in the legend, too."""
+    Path("own").mkdir()
+    for name in ("$5_$10", "_b"):
+        pictures(f"own/{name}", 6)
+    run("data.py --data own --holdout 4 --img_size 8 --patch_size 4")
+    save, legends = data.save_atomically, []
+
+    def heard(content, path):
+        save(content, path)
+        if path.name == "features.png":
+            legends.extend(text.get_text().strip() for text in content.legends[0].get_texts())
+    monkeypatch.setattr(data, "save_atomically", heard)
+    run(f"vit.py --mode features --init {trained}/train/encoder.pt --data own --holdout 4 --output_dir run")
+    assert legends == ["$5_$10", "_b"]
+
+
 def test_confusion_counts_true_rows_and_said_columns(monkeypatch, trained):
     """Names in another order in the data set: rows and columns are those of the file."""
     drawn, load = {}, data.load_sets
