@@ -310,8 +310,7 @@ def monitor(args, model, teacher, source, view):
         total += near.sum()
     model.train()
     counts = data.all_sum(counts)
-    return {"usage": (counts > 0).float().mean().item(), "perplexity": data.perplexity(counts).item(),
-            "cosine": data.all_sum(total).item() / len(source)}, counts.cpu()
+    return data.usage(counts) | {"cosine": data.all_sum(total).item() / len(source)}, counts.cpu()
 
 
 @torch.no_grad()
@@ -592,12 +591,11 @@ def main():
         if stage not in ("both", this):
             continue
         typed = [*words, "--stage", this]
-        if stage == "both":  # the flags of both are typed together
-            if early.output_dir:
-                first = f"{early.output_dir}-tokenizer"
-                typed += ["--output_dir", first if this == "tokenizer" else early.output_dir,
-                          "--tokenizer", f"{first}/tokenizer.pt"]
-        else:
+        if stage == "both" and early.output_dir:
+            first = f"{early.output_dir}-tokenizer"
+            typed += ["--output_dir", first if this == "tokenizer" else early.output_dir,
+                      "--tokenizer", f"{first}/tokenizer.pt"]
+        if stage != "both":                                     # else the flags of both are typed together
             tables = tables[1:]
         args = data.parse_args(__doc__, SHARED, *tables, words=typed, folder=folder)
         if this == "pretrain":

@@ -2103,6 +2103,11 @@ def perplexity(counts):
     return torch.special.entr(counts / counts.sum()).sum().exp()
 
 
+def usage(counts):
+    """Of counts (K,): the share of the codes that occur, and `perplexity`. -> the entries of a log"""
+    return {"usage": (counts > 0).float().mean().item(), "perplexity": perplexity(counts).item()}
+
+
 def histogram(ids, vocab):
     """How often each code occurs in each image: (B, N) -> (B, K)"""
     counts = torch.zeros(len(ids), vocab, device=ids.device)

@@ -326,9 +326,9 @@ def monitor(args, model, source, view, tau):
     model.train()
     kl, mae, mae_relaxed = (data.all_sum(sums) / len(source)).tolist()
     counts = data.all_sum(counts)
-    return {"usage": (counts > 0).float().mean().item(), "perplexity": data.perplexity(counts).item(),
-            "posterior_perplexity": model.vocab * math.exp(-kl), "kl": kl,
-            "mae": mae, "gap": mae - mae_relaxed}, counts.cpu()
+    return data.usage(counts) | {
+        "posterior_perplexity": model.vocab * math.exp(-kl), "kl": kl, "mae": mae,
+        "gap": mae - mae_relaxed}, counts.cpu()
 
 
 def collapse(result, vocab):

@@ -116,7 +116,9 @@ class MAE(nn.Module):
 
     def forward_encoder(self, imgs, noise=None):
         """(B, 3, H, W) -> latent (B, 1 + V, D), mask and ids_restore (B, N)"""
-        encoder, noise = self.encoder, self.noise(imgs) if noise is None else noise
+        encoder = self.encoder
+        if noise is None:
+            noise = self.noise(imgs)
         ids_keep, ids_restore, mask = random_masking(noise, self.num_keep)
         patches, pos = patches_of(imgs, self.patch_size), encoder.pos_embed  # (B, N, P), (1, 1 + N, D)
         if self.encoder_sees_mask:

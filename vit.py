@@ -685,7 +685,9 @@ def make_probes(args, encoder, num_classes):
     """-> Probes, one for each feature and each of --blrs, and their optimiser"""
     D, heads = encoder.config["embed_dim"], encoder.config["num_heads"]
     probes = Probes(Probe(feature, D, num_classes, heads, blr)
-                    for blr, feature in itertools.product(args.blrs, probed_features(args, encoder)))
+                    for blr, feature in itertools.product(
+                        {f"{blr:g}": blr for blr in args.blrs}.values(),    # twins are one
+                        probed_features(args, encoder)))
     groups = [{"params": list(one.parameters()), "lr_scale": one.blr} for one in probes]
     if args.optimizer == "lars":
         return probes, LARS(groups)

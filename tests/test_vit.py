@@ -579,12 +579,15 @@ def test_attention_written_out_for_bfloat16_on_a_cpu(bias):
 
 
 def test_probes_and_stems_that_cannot_be(capsys, monkeypatch):
-    """--stem conv with 6 px patches, probes on one image a part: a sentence."""
+    """--stem conv with 6 px patches, probes on one image a part: a sentence; twins among --blrs are one."""
     alone = argparse.Namespace(batch_size=4, accum_steps=4, mode="linear", layers="last", optimizer="sgd",
-                               blrs=[0.1, 1.0], img_size=8, crop_scale=1.0)
+                               blrs=[0.1, 0.10000001, 1.0], img_size=8, crop_scale=1.0)
     monkeypatch.setattr(vit.data, "Loader", lambda *args: None)
     for call, words in ((lambda: vit.PatchEmbed(6, 16, "conv"), "power of two as --patch_size, not 6"),
                         (lambda: vit.probe(alone, None, None, None), "leaves one image a part")):
         with pytest.raises(SystemExit):
             call()
         assert words in capsys.readouterr().err
+    probes, optimizer = vit.make_probes(alone, tiny_vit(), 10)
+    assert [f"{one.feature} {one.blr:g}" for one in probes] == ["cls 0.1", "mean 0.1", "cls 1", "mean 1"]
+    assert len(optimizer.param_groups) == 4

@@ -1,21 +1,22 @@
-"""Draw ../pictures/vqkd-codes-cifar10.png: how many codes VQ-KD has in use, step by step, one epoch each."""
-import json
+"""Draw ../pictures/vqkd-codes-cifar10.png: how many codes VQ-KD has in use, every ten steps of one epoch."""
+import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
+import torch
 
 HERE = Path(__file__).parent
-RUNS = {"the default": "vqkd-one-epoch", "gradient in place of averages": "vqkd-gradient",
-        "no unit vectors": "vqkd-no-unit", "no restarts": "vqkd-no-restart",
-        "none of the three": "vqkd-vqvae", "codes of width 8": "vqkd-8", "of width 128, the model's": "vqkd-128"}
+sys.path.insert(0, str(HERE.parents[1]))
+import data  # noqa: E402
 
-figure = Figure(figsize=(7, 4), layout="constrained")
-axes = figure.subplots()
+RUNS = {"default": "vqkd-one-epoch", "gradient": "vqkd-gradient", "no unit vectors": "vqkd-no-unit",
+        "no restarts": "vqkd-no-restart", "none of the three": "vqkd-vqvae", "width 8": "vqkd-8",
+        "width 128": "vqkd-128"}
+
+lines = {}
 for label, name in RUNS.items():
-    lines = [json.loads(line) for line in (HERE / name / "log.jsonl").read_text().splitlines()]
-    points = [(line["step"], line["batch_perplexity"]) for line in lines if "batch_perplexity" in line]
-    axes.plot(*zip(*points), label=f"{label}; at the end {lines[-1]['usage']:.0%} occur")
-axes.set(xlabel="step", ylabel="perplexity of a batch's codes, of 512", ylim=(0, 512))
-axes.grid(alpha=0.3)
-axes.legend(fontsize=8)
-figure.savefig(HERE.parent / "pictures" / "vqkd-codes-cifar10.png", dpi=110)
+    log = data.read_log(HERE / name / "log.jsonl")
+    lines[f"{label}: {log[-1]['usage']:.0%}"] = torch.tensor(
+        [line["batch_perplexity"] for line in log if "batch_perplexity" in line])
+data.save_plot(HERE.parent / "pictures" / "vqkd-codes-cifar10.png", lines, "-", xlabel="step / 10",
+               ylabel="perplexity of a batch's codes, of 512", ylim=(0, 640),
+               title="in the legend: codes that occur at the end")
