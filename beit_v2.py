@@ -345,7 +345,7 @@ def train_tokenizer(args):
     if not Path(path).exists():
         data.stop(f"there is no teacher {path}: train one with python mae.py --data {args.data}, or name an "
                   f"encoder with --teacher FILE")
-    teacher = Teacher(path, args.grid).to(device)
+    teacher = data.rests_on(args, Teacher(path, args.grid).to(device))
     for source in (train_set, val_set):
         source.mean, source.std = (0.5,) * 3, (0.5,) * 3        # the tokenizer reads pixels in [-1, 1]
     whole = data.View(args.img_size)

@@ -60,6 +60,7 @@ rcParams["text.parse_math"] = False                             # names of class
 # ============================================================================================================
 
 SIDES = {"shapes": 32, "cifar10": 32, "cifar100": 32, "tiny-imagenet": 64, "imagenet": 224}   # pixels
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}  # no names of classes
 OTHERS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF")  # Pillow reads these by other programs or not
 ENDINGS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind not in OTHERS)
 FORMATS = ["JPEG", *(kind for kind in Image.ID if kind not in OTHERS)]  # tried in turn, whatever its ending
@@ -486,6 +487,9 @@ def load_sets(args, judged=False):
         sets = [sets[0].subset(order[holdout:]), sets[0].subset(order[:holdout])]
         unseen = "; training did not see them if its --holdout was the same"
         say(f"{holdout} of the {n} training images stand in for the validation set{unseen * judged}")
+        left = set(sets[0].labels.tolist())
+        if lost := [name for y, name in enumerate(sets[0].classes) if y not in left]:
+            say(f"no training image is left of {', '.join(lost)}: name a smaller --holdout")
     if sets[1].streamed and local_rank() == 0:                  # if one is damaged, before the first step
         read_all(lambda path: crop_file(path, [View(1)]), sets[1].imgs)
     sets[1].skipped = None
@@ -525,6 +529,8 @@ def read_folders(root, holdout, judged=False):
         return sets
     sets = [scan_folder(root / "train" if split else root)]
     classes = sets[0][2]
+    if {name.lower() for name in classes} <= SPLITS:
+        stop(f"{root} holds {', '.join(classes)}, which are no classes: call the folders train/ and val/")
     if len(classes) == 1:
         say(f"{root} has no two class folders: it serves pre-training only, without the k-NN monitor")
     if holdout or classes == [""] and not (root / "val").is_dir():
@@ -1560,6 +1566,8 @@ def open_log(args, model, loader, start, trivial, **levels):
     if loader.all_steps < 100:
         say(f"only {loader.all_steps} steps, too few to learn much: name more --epochs, or a smaller "
             f"--batch_size")
+    if args.warmup_epochs >= args.epochs:
+        say("the learning rate rises to the end: name more --epochs, or fewer --warmup_epochs")
     return Log(args, loader, start, **levels)
 
 
@@ -1996,6 +2004,15 @@ def load_checkpoint(args, **parts):
             part.load_state_dict(found)
     say(f"resuming {path} after step {states['step']}")
     return states["step"]
+
+
+def rests_on(args, network):
+    """Note a frozen network that a run learns from -> network; with another one --resume is refused."""
+    checksum = 0
+    for value in network.state_dict().values():
+        checksum = zlib.crc32(value.cpu().flatten().view(torch.uint8).numpy(), checksum)
+    args.images += f" and the frozen network {checksum:08x}"
+    return network
 
 
 def same_method(args, content, path):

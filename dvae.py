@@ -276,7 +276,7 @@ def prepare_tokenizer(args, run="dvae"):
     if tokenizer.grid != args.grid:
         data.stop(f"{path} makes {tokenizer.grid} x {tokenizer.grid} tokens, but the ViT has {args.grid} x "
                   f"{args.grid} patches: use its --img_size and --patch_size, or train another tokenizer")
-    return tokenizer.to(args.device, memory_format=torch.channels_last)
+    return data.rests_on(args, tokenizer.to(args.device, memory_format=torch.channels_last))
 
 
 def painter(tokenizer, codes, size):

@@ -700,7 +700,7 @@ def probe(args, train_set, val_set, encoder):
     if args.batch_size == data.world_size() * args.accum_steps:
         data.stop(f"--batch_size {args.batch_size} leaves one image a part: too few for BatchNorm")
     classes = len(train_set.classes)
-    encoder.requires_grad_(False).eval()                        # nothing frozen may be random
+    data.rests_on(args, encoder.requires_grad_(False).eval())   # nothing frozen may be random
     model, optimizer = make_probes(args, encoder, classes)
     model.register_buffer("right", torch.zeros(len(model)))     # correct training images of this epoch
     model.to(args.device)

@@ -1010,6 +1010,23 @@ def test_class_folders(tmp_path):
     assert len(data.load_sets(make_args(data="imagenet", data_dir=str(tmp_path)))[0]) == 12
 
 
+@pytest.mark.parametrize("names", (("Train", "Val"), ("training", "validation"), ("test",)))
+def test_splits_are_no_classes(tmp_path, capsys, names):
+    """Folders that are called nearly train/ and val/ are not learned as two classes."""
+    for name in names:
+        write_image(tmp_path / "set" / name / "cat" / "0.png", 10, (8, 8))
+    assert "which are no classes" in said(
+        capsys, data.load_sets, make_args(data=str(tmp_path / "set"), holdout=1))
+
+
+def test_a_class_that_the_holdout_leaves_empty(tmp_path, capsys):
+    for name, count in (("cat", 1), ("dog", 9)):
+        for i in range(count):
+            write_image(tmp_path / "set" / name / f"{i}.png", i, (8, 8))
+    data.load_sets(make_args(data=str(tmp_path / "set"), holdout=9))
+    assert "no training image is left of " in capsys.readouterr().out
+
+
 def test_plain_class_folders_need_a_holdout(tmp_path, capsys):
     """root/<class>/* alone works with --holdout, and without it the sentence proposes one."""
     root = write_folders(tmp_path) / "train"
@@ -1812,11 +1829,13 @@ def test_help_shows_the_method_first(words, recipe, epochs, monkeypatch, capsys)
 
 @pytest.mark.parametrize("words, images, told", [
     ("--recipe small --epochs 40", 5120, ["without a GPU"]), ("--recipe laptop --epochs 4", 5120, []),
-    ("--recipe laptop --epochs 1", 5120, ["only 40 steps"]), ("--recipe small --max_steps 9", 51200, []),
-    ("--recipe small --epochs 1", 5120, ["without a GPU", "only 10 steps"])])
+    ("--recipe laptop --epochs 1", 5120, ["only 40 steps", "the learning rate rises to the end"]), ("--recipe small --max_steps 9", 51200, []),
+    ("--recipe small --epochs 1", 5120,
+     ["without a GPU", "only 10 steps", "the learning rate rises to the end"]),
+    ("--recipe laptop --epochs 2 --warmup_epochs 1.9", 51200, [])])
 def test_a_run_says_at_its_start_what_it_will_not_reach(words, images, told, monkeypatch, capsys):
-    """A run made for GPUs on a CPU, and one of few steps, are warned of, each in a line of its own; a trial
-    of a few steps is not."""
+    """A run made for GPUs on a CPU, one of few steps and one of warm-up alone are warned of, each in a line
+    of its own; a trial of a few steps is not."""
     args = parse(f"{words} --device cpu --amp none", mae.RECIPE)
     source = data.Images(torch.zeros(images, 3, 1, 1, dtype=torch.uint8), torch.zeros(images), [""], (), ())
     monkeypatch.setattr(data, "Log", lambda *rest, **levels: "a log")

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from test_runs import (  # noqa: F401: inputs and elsewhere are fixtures
-    BEIT2, LINEAR, MAE, ROOT, VQKD, data, elsewhere, forked, inputs, read, run, sentence, shrink, snapshot)
+    BEIT, BEIT2, LINEAR, MAE, ROOT, VQKD, data, elsewhere, forked, inputs, read, run, sentence, shrink,
+    snapshot)
 
 FAULTS = (  # as torch and the system say it -> what to do
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"), "--accum_steps"),
@@ -313,6 +314,20 @@ def test_a_resumed_run_has_the_same_images(change, capsys):
         sorted(Path("set/val/0").iterdir())[0].unlink()
     assert "training images 60 (names and labels " in sentence(
         "mae.py --resume --max_steps 4 --output_dir run", capsys)
+
+
+@pytest.mark.parametrize("command, file", (
+    (BEIT, "dvae-shapes/tokenizer.pt"), (BEIT2, "beit_v2-tokenizer-shapes/tokenizer.pt"),
+    (VQKD, "mae-shapes/encoder.pt"), (f"{LINEAR} --init out/mae-shapes/encoder.pt", "mae-shapes/encoder.pt")))
+def test_a_frozen_network_that_was_trained_anew(command, file, capsys):
+    """Under the name of the one that the run began with: refused. The same one: not."""
+    run(f"{command} --max_steps 2 --output_dir run")
+    script = command.split()[0]
+    run(f"{script} --resume --max_steps 3 --output_dir run")
+    network = read(Path("out", file))
+    next(iter(network["model"].values())).add_(0.01)
+    torch.save(network, Path("out", file))
+    assert "the frozen network " in sentence(f"{script} --resume --max_steps 4 --output_dir run", capsys)
 
 
 def test_an_older_checkpoint_knows_the_number_of_images_alone(capsys):
