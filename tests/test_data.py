@@ -1829,7 +1829,8 @@ def test_help_shows_the_method_first(words, recipe, epochs, monkeypatch, capsys)
 
 @pytest.mark.parametrize("words, images, told", [
     ("--recipe small --epochs 40", 5120, ["without a GPU"]), ("--recipe laptop --epochs 4", 5120, []),
-    ("--recipe laptop --epochs 1", 5120, ["only 40 steps", "the learning rate rises to the end"]), ("--recipe small --max_steps 9", 51200, []),
+    ("--recipe laptop --epochs 1", 5120, ["only 40 steps", "the learning rate rises to the end"]),
+    ("--recipe small --max_steps 9", 51200, []),
     ("--recipe small --epochs 1", 5120,
      ["without a GPU", "only 10 steps", "the learning rate rises to the end"]),
     ("--recipe laptop --epochs 2 --warmup_epochs 1.9", 51200, [])])
