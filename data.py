@@ -498,7 +498,7 @@ def load_sets(args, judged=False):
     names = [list(map(os.path.basename, source.imgs)) if source.streamed else len(source) for source in sets]
     about = repr((names, [source.labels.tolist() for source in sets], sets[0].classes))
     checksum = zlib.crc32(about.encode(errors="backslashreplace"))
-    args.images = f"{len(sets[0])} (names and labels {checksum:08x})"
+    args.images, args.frozen = f"{len(sets[0])} (names and labels {checksum:08x})", None
     return sets
 
 
@@ -1125,12 +1125,12 @@ COMMON = {
         "clip_grad": (0.0, "largest gradient norm; 0: not clipped", "[0, inf)"),
         "seed": (0, "seed of weights, order, augmentation and masks", "[0, 4294967295]")},
     "run": {
-        "output_dir": ("", "folder of this run (out/<method>-<data> if not given)"),
+        "output_dir": ("", "folder of this run (out/<method>-<data>, or beside --init, if not given)"),
         "resume": (False, "continue the run in output_dir, with its flags; flags typed again win"),
         "device": ("auto", "where to compute", ("auto", "cuda", "mps", "cpu")),
         "amp": ("auto", "half precision; auto: what the device computes natively",
                 ("auto", "bf16", "fp16", "none")),
-        "compile": (None, "compile the model with torch.compile (default: on CUDA only)"),
+        "compile": (None, "compile the model with torch.compile; None: on CUDA only"),
         "log_every": (50, "steps between two lines of the log", "[1, 1e9]"),
         "eval_every": ((6, 5, 25, 50), "epochs between evaluations; 0: none at all", "[0, 1e9]"),
         "save_every": ((1, 1, 5, 1), "epochs between two checkpoints", "[1, 1e9]"),
@@ -1706,8 +1706,8 @@ class Log:
                                 "data": args.data, "classes": source.classes}
                  for name, model in exports.items()}
         files["last.pt"] = {name: part.state_dict() for name, part in state.items()} | {
-            "step": done, "method": args.method, "flags": flags | {"images": args.images},
-            "mean": source.mean, "std": source.std}
+            "step": done, "method": args.method, "mean": source.mean, "std": source.std,
+            "flags": flags | {"images": args.images, "frozen": args.frozen}}
         for name, content in files.items():
             check_weights(args, content["model"])
             if rank() == 0:
@@ -1985,6 +1985,8 @@ def load_checkpoint(args, **parts):
              f"same, or begin a new one in another --output_dir")
     if told := differences(args, flags, free):
         say(f"the run goes on with other flags: {told}")
+    if flags.get("frozen") not in (None, args.frozen):
+        say("the tokenizer, teacher or encoder that this run learns from was trained anew since it began")
     for name, part in parts.items():
         wanted, found = part.state_dict(), states[name]
         if isinstance(part, torch.optim.Optimizer):             # a parameter's state: a step, tensors like it
@@ -2007,11 +2009,11 @@ def load_checkpoint(args, **parts):
 
 
 def rests_on(args, network):
-    """Note a frozen network that a run learns from -> network; with another one --resume is refused."""
+    """Note a frozen network that a run learns from -> network; --resume says if it is another one."""
     checksum = 0
     for value in network.state_dict().values():
         checksum = zlib.crc32(value.cpu().flatten().view(torch.uint8).numpy(), checksum)
-    args.images += f" and the frozen network {checksum:08x}"
+    args.frozen = f"{checksum:08x}"
     return network
 
 
