@@ -597,11 +597,14 @@ def main():
                       "--tokenizer", f"{first}/tokenizer.pt"]
         if stage != "both":                                     # else the flags of both are typed together
             tables = tables[1:]
-        args = data.parse_args(__doc__, SHARED, *tables, words=typed, folder=folder)
+        told = data.resumed_flags(early, runs[0][1].output_dir, "then") if runs else {}
+        args = data.parse_args(__doc__, SHARED, *tables, words=typed, folder=folder, told=told)
         if this == "pretrain":
             data.check_masked(args)
             if args.early_layer > (depth := SIZES[args.model]["depth"]):
                 data.stop(f"--early_layer {args.early_layer} must lie between 1 and {depth}")
+        if runs:
+            runs[0][1].then = args.flags                        # it may be stopped before the second begins
         runs.append((work, args))
     for work, args in runs:                                     # not before the flags of both are right
         work(args)

@@ -498,7 +498,7 @@ def load_sets(args, judged=False):
     names = [list(map(os.path.basename, source.imgs)) if source.streamed else len(source) for source in sets]
     about = repr((names, [source.labels.tolist() for source in sets], sets[0].classes))
     checksum = zlib.crc32(about.encode(errors="backslashreplace"))
-    args.images, args.frozen = f"{len(sets[0])} (names and labels {checksum:08x})", None
+    args.images = f"{len(sets[0])} (names and labels {checksum:08x})"
     return sets
 
 
@@ -1150,15 +1150,15 @@ def early_flags(words, **choices):
     return early
 
 
-def resumed_flags(early, output_dir):
-    """The flags of the run that is to be continued, {} if there is none."""
+def resumed_flags(early, output_dir, which="flags"):
+    """The flags of the run that is to be continued, {} if there is none. which "then": of its second stage"""
     path = Path(output_dir or "", "args.json")
     if not early.resume or not output_dir:
         return {}
     if not path.exists() and path.with_name("last.pt").exists():
         stop(f"{path}, the flags of this run, is gone: restore it")
     with reading(path, "the flags of a run"):
-        return sound(json.loads(path.read_text())["flags"]) if path.exists() else {}
+        return sound(({"then": {}} | json.loads(path.read_text()))[which]) if path.exists() else {}
 
 
 def sound(flags):
@@ -1326,8 +1326,10 @@ def check_masked(args):
     if not 0 < args.num_masked < args.grid ** 2:
         stop(f"--num_masked {args.num_masked} must lie between 1 and {args.grid ** 2 - 1}: about "
              f"{int(0.4 * args.grid ** 2)} of the {args.grid ** 2} patches")
-    if args.masking == "block" and args.min_block > args.num_masked:
-        stop(f"--min_block {args.min_block} must not be above --num_masked {args.num_masked}")
+    most = min(args.num_masked, int((args.grid - 0.5) ** 2))    # rounded, blocks are narrower than the image
+    if args.masking == "block" and args.min_block > most:
+        stop(f"--min_block {args.min_block} must not be above {most}: no block of --num_masked "
+             f"{args.num_masked} patches would fit in {args.grid} x {args.grid}")
 
 
 # ---- ranks, device, precision ----
@@ -1489,11 +1491,12 @@ def save_args(args):
     """args.json: the flags (what --resume reads), and what else is needed to repeat the run."""
     git = shutil.which("git") and subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"],
                                                  capture_output=True, text=True, cwd=Path(__file__).parent)
-    about = {"flags": args.flags, "command": " ".join(sys.argv),
+    own = {name: getattr(args, name) for name in ("flags", "then") if hasattr(args, name)}
+    about = {"command": " ".join(sys.argv),
              "commit": git.stdout.strip() if git and git.returncode == 0 else "unknown",
              "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
              "hardware": hardware(args)}
-    save_atomically(json.dumps(about, indent=1), Path(args.output_dir) / "args.json")
+    save_atomically(json.dumps(own | about, indent=1), Path(args.output_dir) / "args.json")
 
 
 def hardware(args):
@@ -1601,8 +1604,8 @@ class Log:
                 save_atomically("".join(json.dumps(line) + "\n" for line in lines), self.path)
         if start and not any(line["step"] == start and "images/s" in line for line in lines):
             say(f"{self.path} lacks steps before {start}: the curves will, too")
-        if args.resume and rank() == 0:
-            save_args(args)                                     # not before last.pt has proved to fit
+        if args.resume and not start and rank() == 0:
+            save_args(args)                                     # else with last.pt, which has other flags yet
         self.began = self.window = self.asked = time.perf_counter()
         self.ask_at, self.asked_at = start + 1, start           # steps: on several ranks, see `ask`
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1707,11 +1710,13 @@ class Log:
                  for name, model in exports.items()}
         files["last.pt"] = {name: part.state_dict() for name, part in state.items()} | {
             "step": done, "method": args.method, "mean": source.mean, "std": source.std,
-            "flags": flags | {"images": args.images, "frozen": args.frozen}}
+            "flags": flags | {"images": args.images, "frozen": getattr(args, "frozen", None)}}
         for name, content in files.items():
             check_weights(args, content["model"])
             if rank() == 0:
                 save_atomically(content, self.path.with_name(name))
+        if args.resume and rank() == 0:
+            save_args(args)
         self.saved = True
         if self.signal or self.stopping:
             self.leave()
@@ -1985,7 +1990,7 @@ def load_checkpoint(args, **parts):
              f"same, or begin a new one in another --output_dir")
     if told := differences(args, flags, free):
         say(f"the run goes on with other flags: {told}")
-    if flags.get("frozen") not in (None, args.frozen):
+    if flags.get("frozen") not in (None, getattr(args, "frozen", None)):
         say("the tokenizer, teacher or encoder that this run learns from was trained anew since it began")
     for name, part in parts.items():
         wanted, found = part.state_dict(), states[name]
@@ -2034,8 +2039,9 @@ def differences(args, flags, names=()):
     names = names or ({*flags} - {*merge(*COMMON.values())} | {"model", "img_size", "patch_size"})
     if str(own.get("images")).startswith(f"{flags.get('images')} "):    # an old file knows the number alone
         own["images"] = flags["images"]
-    return ", ".join(f"--{name} {flags[name]} there and {own[name]} here" for name in sorted(names)
-                     if name in flags and name in own and flags[name] != own[name])
+    pairs = [(name, flags[name], own[name]) for name in sorted(names) if name in flags and name in own]
+    return ", ".join(f"--{name} {there} there and {here} here" for name, there, here in pairs
+                     if there != here and str(there).rstrip("/") != str(here).rstrip("/"))      # of a folder
 
 
 def load_state(model, state, path, flags=""):
@@ -2295,7 +2301,7 @@ def main():
              "colour jitter": View(size, jitter=(0.4, 0.4, 0.4, 0.1)), "greyscale": View(size, gray=1.0),
              "blur": View(size, blur=1.0), "solarise": View(size, solarize=1.0),
              "RandAugment": View(size, rand_augment=9.0), "erasing": View(size, erase=1.0),
-             "local crops": View(size // 2, scale=(0.05, 0.4))}
+             "local crops": View(max(1, size // 2), scale=(0.05, 0.4))}
     imgs, labels = next(Loader(args, sets[0], list(kinds.values()), train=False).batches(
         [(chosen(sets[0], 10), 0)]))
     rows = {name: to_pixels(row, sets[0]) for name, row in zip(kinds, imgs)}

@@ -256,6 +256,8 @@ def load_tokenizer(path, grid=14):
     if Path(path).suffix == ".pkl":
         return load_dalle(path, grid).requires_grad_(False).eval()
     content = data.load_file(path)
+    if "step" in content:
+        data.stop(f"{path} is no tokenizer: give the tokenizer.pt of that run")
     if content.get("method") != "dvae":
         from beit_v2 import load_vqkd                           # other codes for the same student
         return load_vqkd(path, content)

@@ -357,8 +357,9 @@ def main():
     if args.init:
         load_init(model, args, official_names, pos_offset=0.1)
     net = data.wrap(model, args)                                # compiled, in DDP; `model` itself is saved
-    optimizer = torch.optim.AdamW(param_groups(model, args.weight_decay, no_decay=()), lr=args.lr,
+    optimizer = torch.optim.AdamW(param_groups(model, 1.0, no_decay=()), lr=args.lr,
                                   betas=(0.9, 0.999), fused="mps" not in args.device)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]    # 1, or 0: biases and norms
     scaler = data.make_scaler(args)
     state = dict(model=model, optimizer=optimizer, scaler=scaler)
     start = data.load_checkpoint(args, **state)
@@ -384,9 +385,8 @@ def main():
     for step, parts in loader.steps(start, net):
         epoch, done = step // loader.epoch_steps, step / loader.all_steps
         lr = set_lr(optimizer, cosine_lr(step / loader.epoch_steps, args, early=1 / loader.epoch_steps))
-        for group in optimizer.param_groups:
-            if group["weight_decay"]:
-                group["weight_decay"] = half_cosine(done, args.weight_decay, args.weight_decay_end)
+        for group, decay in zip(optimizer.param_groups, decays):
+            group["weight_decay"] = decay * half_cosine(done, args.weight_decay, args.weight_decay_end)
         rise, first = min(args.warmup_temp_epochs, args.epochs), args.pred_start_epoch
         temp = temperature(epoch, args.teacher_temp_start, args.teacher_temp, rise)
         patch_temp = temperature(epoch, args.teacher_temp_start, args.patch_temp, rise, first)

@@ -785,6 +785,8 @@ def logistic(args, train_set, val_set, encoder):
     (train_x, train_y), (x, y) = (
         data.encode(args, lambda imgs: pooled(probed_layers(args, encoder, imgs)), source)
         for source in (train_set, val_set))
+    if len(train_y) < 2:
+        data.stop("--mode linear needs two training images at least: one chooses the penalty")
     kept, result, right, penalties = torch.arange(len(train_y)) % 10 > 0, {}, {}, {}
     for name, a, b in zip(names, train_x.chunk(len(names), 1), x.chunk(len(names), 1)):
         std, mean = torch.std_mean(a, 0)
@@ -1058,9 +1060,12 @@ def main():
     kept = data.resumed_flags(early, early.output_dir)
     mode, init = early.mode or kept.get("mode", "train"), early.init or kept.get("init", "")
     folder = f"{Path(init).parent / Path(init).stem}-{mode}" if init else f"out/vit-{mode}"
-    content = data.load_file(init) if init and Path(init).exists() else None    # else `build` says so
+    there = init and Path(init).exists()                        # if not, `build` says so
+    content = unwrapped(data.load_file(init)) if there else None
     told = of_file(init, content, early.num_heads or kept.get("num_heads", 0)) if content else {}
     args = data.parse_args(__doc__, *RECIPES[mode], words=words, folder=folder, told=told)
+    if (args.export or mode == "predict") and data.world_size() > 1:
+        data.stop("--export and --mode predict are for one process: start them without torchrun")
     if args.export:
         export(init or data.stop("--export needs the encoder to write: give --init FILE"), args.export,
                args.num_heads)
@@ -1070,7 +1075,7 @@ def main():
     if mode == "train" and init:
         data.stop("--mode train starts from scratch: use --mode finetune with --init FILE")
     if getattr(args, "optimizer", "") == "lbfgs":
-        for flag in (word.split("=")[0] for word in words):
+        for flag in (word.split("=")[0] for word in words if word.startswith("--")):
             if flag[2:] in {*LINEAR, "lr", "min_lr"} - {"optimizer", "layers"}:
                 data.stop(f"{flag} is for probes that are trained step by step: add --optimizer sgd")
     if mode == "predict" and args.images == [""]:
@@ -1078,8 +1083,6 @@ def main():
     if mode in ("eval", "predict") and not init:
         data.stop(f"--mode {mode} needs a classifier: give --init FILE, of --mode train or finetune")
     if mode == "predict":
-        if data.world_size() > 1:
-            data.stop("--mode predict is for one process: start it without torchrun")
         data.choose_device(args)
         source = data.pictures_at(args.images)
         model, (source.mean, source.std) = build(args, 0, "cls", content=content)
@@ -1160,6 +1163,12 @@ def official_state(content):
     return state
 
 
+def unwrapped(content):
+    """The content of a file of --export as that of an encoder.pt; that of any other file as it is"""
+    about = getattr(content, "_metadata", {}).get("vit.py")
+    return {"model": content} | about if about else content
+
+
 def read_encoder(path, num_heads=0, content=None, finetune=False):
     """Read an encoder: our encoder.pt, or a file of MAE, DINO, iBOT, BEiT (v2), VQ-KD, CAE, DeiT or timm.
 
@@ -1169,11 +1178,10 @@ def read_encoder(path, num_heads=0, content=None, finetune=False):
 
     Raises: exits with one sentence if the file is damaged, of no known layout, or holds tensors that files of
     its layout do not have; `load_weights` looks at the encoder's own."""
-    content = data.load_file(path) if content is None else content
+    content = unwrapped(data.load_file(path) if content is None else content)
     with data.reading(path, "a Vision Transformer that is known here"):
         mean, std = data.STATS["imagenet"]
-        exported = getattr(content, "_metadata", {}).get("vit.py")      # an --export tells what it is there
-        about = {"config": {}} | ({"model": content} | exported if exported else content)
+        about = {"config": {}} | content
         data.expect(path, about, {"config": {}})
         if "embed_dim" in about["config"]:
             data.expect(path, about, {"model": {}, "mean": mean, "std": std})
@@ -1343,7 +1351,7 @@ def export(path, name, num_heads=0):
     if Path(name).exists():
         data.stop(f"{name} is there already: --export makes a new file, name another")
     name = str(Path(name))
-    content = data.load_file(path)
+    content = unwrapped(data.load_file(path))
     state, config, mean, std = read_encoder(path, num_heads, content)
     if config.get("stem", "patch") != "patch":
         data.stop(f"{path} has a convolutional stem: timm's Vision Transformer has none")
@@ -1354,8 +1362,8 @@ def export(path, name, num_heads=0):
         q, _, v = result.pop(key).chunk(3)                      # the keys' part does not change the softmax
         result[key.replace("qkv.bias", "q_bias")] = q.clone()
         result[key.replace("qkv.bias", "v_bias")] = v.clone()
-    result._metadata = {"vit.py": {"config": config, "mean": mean, "std": std,      # for `read_encoder`
-                                   "method": content.get("method", "")}}
+    result._metadata = {"vit.py": {"config": config, "mean": mean, "std": std} | {          # for `unwrapped`
+        name: content[name] for name in ("method", "data", "classes") if name in content}}
     data.save_atomically(result, Path(name))
     options = {key: config[key] for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads",
                                             "mlp_ratio", "qkv_bias")}

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from test_runs import (  # noqa: F401: inputs and elsewhere are fixtures
-    BEIT, BEIT2, LINEAR, MAE, ROOT, VQKD, data, elsewhere, forked, inputs, read, run, sentence, shrink,
-    snapshot)
+    BEIT, BEIT2, IBOT, LBFGS, LINEAR, MAE, ROOT, VQKD, data, elsewhere, forked, inputs, read, run, sentence,
+    shrink, snapshot)
 
 FAULTS = (  # as torch and the system say it -> what to do
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"), "--accum_steps"),
@@ -356,6 +356,49 @@ def test_the_checkpoint_of_another_run(flags, capsys):
     run(f"mae.py --resume --max_steps 4 {flags} --output_dir run")
     out = capsys.readouterr().out
     assert "goes on with other flags" in out and f" there and {value} here" in out
+
+
+def test_a_kill_before_the_first_checkpoint_of_other_flags():
+    """args.json says what last.pt holds: a run that was to go on longer, and was lost, resumes as it was."""
+    run(f"{MAE} --max_steps 2 --output_dir run")
+    with pytest.raises(KeyboardInterrupt):
+        def die(patch):
+            shrink(patch)
+            patch.setattr(data.Log, "step", lambda *rest, **values: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(data, "run", lambda main: main())
+        run("mae.py --resume --max_steps 9 --seed 4 --output_dir run", die)
+    assert json.loads(Path("run/args.json").read_text())["flags"]["max_steps"] == 2
+    run("mae.py --resume --output_dir run")
+    run("mae.py --resume --max_steps 4 --output_dir run")
+    assert json.loads(Path("run/args.json").read_text())["flags"]["max_steps"] == 4
+
+
+def test_weight_decay_that_begins_at_0_rises():
+    """iBOT's --weight_decay_end counts then, too; biases and norms stay without."""
+    run(f"{IBOT} --weight_decay 0 --weight_decay_end 0.4 --max_steps 20 --output_dir run")
+    rising, never = (group["weight_decay"] for group in read("run/last.pt")["optimizer"]["param_groups"])
+    assert 0.05 < rising < 0.2 and never == 0
+
+
+def test_a_slash_behind_the_folder(capsys):
+    """--data set and --data set/ are one set."""
+    folder_of(60)
+    run(f"{SET} --max_steps 2 --output_dir run")
+    run("mae.py --resume --data set/ --max_steps 3 --output_dir run")
+    assert "resuming" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, told", (
+    ("beit.py --data shapes --img_size 8 --patch_size 4 --num_masked 3 --min_block 3", "no block of"),
+    (f"{BEIT} --tokenizer run/last.pt", "no tokenizer: give the tokenizer.pt"),
+    (f"{LBFGS} --output_dir o/lr", "")))
+def test_what_was_said_wrong(words, told, capsys):
+    """Blocks that fit nowhere, a last.pt in place of a tokenizer.pt; a folder that is called like a flag."""
+    run(f"{MAE} --max_steps 1 --output_dir run")
+    if told:
+        assert told in sentence(words, capsys)
+    else:
+        run(words)
 
 
 def test_a_checkpoint_that_is_gone(capsys):

@@ -26,6 +26,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -614,6 +615,18 @@ def test_beit_v2_runs_both_stages_in_one_command(tmp_path):
         assert list(losses(folder)) == [1, 2, 3]
         assert done.stdout.count(f"resuming {folder}/last.pt after step 2\n") == 1
         assert same(read(f"{folder}/model.0"), read(f"{folder}/model.1"))
+
+
+def test_the_second_stage_keeps_its_flags_when_the_first_is_stopped():
+    """Ctrl-C before the second stage of beit_v2.py has begun: --resume gives it what was typed for it."""
+    command = (f"beit_v2.py {TINY} --teacher out/mae-shapes/encoder.pt --num_codes 16 --code_dim 4 "
+               f"--num_masked 2 --min_block 1 --early_layer 1 --max_steps 3 --seed 5 --output_dir both")
+    statuses, done = forked((command, (signal.SIGINT, 2, 0)), ("beit_v2.py --resume --output_dir both", ()))
+    assert statuses == [128 + signal.SIGINT, 0], done.stderr
+    flags = json.loads(Path("both/args.json").read_text())["flags"]
+    assert {name: flags[name] for name in ("data", "img_size", "num_masked", "seed", "max_steps")} == {
+        "data": "shapes", "img_size": 8, "num_masked": 2, "seed": 5, "max_steps": 3}
+    assert list(losses("both")) == list(losses("both-tokenizer")) == [1, 2, 3]
 
 
 def test_accumulation_equals_one_large_batch(tmp_path):
@@ -1265,6 +1278,26 @@ def test_an_export_is_judged_as_its_encoder(name, offset, whole):
         run(f"vit.py {TINY} --mode knn --img_size 16 --init {path} --output_dir {folder}")
         results.append(json.loads(Path(folder, "result.json").read_text()) | {"init": ""})
     assert results[0] == results[1]
+
+
+def test_an_exported_classifier_keeps_its_classes(whole, capsys):
+    """Not in the order of the alphabet: eval says the same; and the data set. Not under torchrun."""
+    classifier = read(whole["train"] / "encoder.pt")
+    run(f"vit.py --init {whole['train']}/encoder.pt --export plain.pt")
+    for i, (img, label) in enumerate(zip(*data.draw_shapes(60, 8, 3))):
+        path = Path("set", list(data.SHAPES)[label], f"{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(img.permute(1, 2, 0).numpy()).save(path)
+    results = []
+    for file in (whole["train"] / "encoder.pt", "plain.pt"):
+        run(f"vit.py --device cpu --num_workers 0 --mode eval --init {file} --data set "
+            f"--output_dir {len(results)}")
+        results.append(json.loads(Path(str(len(results)), "result.json").read_text()) | {"init": ""})
+    assert results[0] == results[1] and list(classifier["classes"]) == list(data.SHAPES)
+    assert vit.of_file("plain.pt", vit.unwrapped(data.load_file("plain.pt")))["data"] == "shapes"
+    for words in ("--export again.pt", "--mode predict --images set"):
+        assert "for one process" in sentence(f"vit.py --init plain.pt {words}", capsys,
+                                             prepare=lambda patch: patch.setenv("WORLD_SIZE", "2"))
 
 
 @pytest.mark.parametrize("name, kind", (("beit", "BEiT"), ("cae", "CAE"), ("beit_v2", "BEiTv2")))
