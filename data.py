@@ -1491,12 +1491,13 @@ def save_args(args):
     """args.json: the flags (what --resume reads), and what else is needed to repeat the run."""
     git = shutil.which("git") and subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"],
                                                  capture_output=True, text=True, cwd=Path(__file__).parent)
-    own = {name: getattr(args, name) for name in ("flags", "then") if hasattr(args, name)}
-    about = {"command": " ".join(sys.argv),
+    about = {"flags": args.flags, "command": " ".join(sys.argv),
              "commit": git.stdout.strip() if git and git.returncode == 0 else "unknown",
              "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
              "hardware": hardware(args)}
-    save_atomically(json.dumps(own | about, indent=1), Path(args.output_dir) / "args.json")
+    if hasattr(args, "then"):                                   # the flags of a second stage
+        about["then"] = args.then
+    save_atomically(json.dumps(about, indent=1), Path(args.output_dir) / "args.json")
 
 
 def hardware(args):
@@ -1604,8 +1605,9 @@ class Log:
                 save_atomically("".join(json.dumps(line) + "\n" for line in lines), self.path)
         if start and not any(line["step"] == start and "images/s" in line for line in lines):
             say(f"{self.path} lacks steps before {start}: the curves will, too")
-        if args.resume and not start and rank() == 0:
-            save_args(args)                                     # else with last.pt, which has other flags yet
+        self.due = args.resume and rank() == 0                  # args.json, with the first last.pt
+        if self.due and not start:
+            save_args(args)
         self.began = self.window = self.asked = time.perf_counter()
         self.ask_at, self.asked_at = start + 1, start           # steps: on several ranks, see `ask`
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1715,9 +1717,9 @@ class Log:
             check_weights(args, content["model"])
             if rank() == 0:
                 save_atomically(content, self.path.with_name(name))
-        if args.resume and rank() == 0:
+        if self.due:
             save_args(args)
-        self.saved = True
+        self.saved, self.due = True, False
         if self.signal or self.stopping:
             self.leave()
 
